@@ -1,0 +1,190 @@
+"""The run folder: the only file that names what is written, and how it is written safely.
+
+A run folder holds, in the order in which a run makes it::
+
+    recipe.yaml                      the resolved recipe
+    data/train/  data/heldout/       token shards (tokens.bin, offsets.bin, manifest.json)
+    metrics.jsonl                    one row per logged step
+    checkpoints/checkpoint-N/        trainer state; complete once manifest.json is there
+    adapter/                         LoRA + embeddings + norms, and longlora.json (RoPE, S2-Attn, base model)
+    merged/                          an ordinary Hugging Face model
+    eval/VARIANT.json                rows measured for base, rope_only and trained
+    report.html  report.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longlora.errors import RunFolderError
+
+MANIFEST = "manifest.json"
+SIDECAR = "longlora.json"
+TOKENS = "tokens.bin"
+OFFSETS = "offsets.bin"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run folder; makes nothing by itself."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def train_shard(self) -> Path:
+        return self.root / "data" / "train"
+
+    @property
+    def heldout_shard(self) -> Path:
+        return self.root / "data" / "heldout"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def report_html(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def report_markdown(self) -> Path:
+        return self.root / "report.md"
+
+    def evaluation(self, variant: str) -> Path:
+        return self.root / "eval" / f"{variant}.json"
+
+    def require_unused(self) -> None:
+        """Raise `RunFolderError` if a training run already wrote here."""
+        for path in (self.adapter, self.checkpoints, self.merged):
+            if path.exists():
+                raise RunFolderError(
+                    f"run_dir {self.root} already holds {path.name}/: use `longlora resume`, another run_dir, "
+                    "or remove the folder"
+                )
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of `value` as indented JSON; NaN is refused because no other reader takes it."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Parsed JSON of `path`; `RunFolderError` naming `remedy` when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} does not exist: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read ({error}): {remedy}") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `path` only when the block ends without an error.
+
+    Raises:
+        RunFolderError: `path` exists and `replace` is false.
+    """
+    if path.exists() and not replace:
+        raise RunFolderError(f"output folder {path} already exists: name another one or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Write ``manifest.json`` last: names, sizes and sha256 of every file in `folder`, plus `facts`."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {**facts, "files": files})
+
+
+def verify_manifest(folder: Path, remedy: str) -> dict[str, Any]:
+    """The manifest of `folder` after checking that every file it names is whole.
+
+    Raises:
+        RunFolderError: the manifest or a file is missing, or a size or sha256 differs; the message ends with `remedy`.
+    """
+    manifest = read_json(folder / MANIFEST, remedy)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise RunFolderError(f"{path} is missing: {remedy}")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise RunFolderError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: {remedy}")
+        if sha256_file(path) != expected["sha256"]:
+            raise RunFolderError(f"{path} does not match its sha256: {remedy}")
+    return dict(manifest)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

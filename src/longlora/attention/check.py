@@ -1,0 +1,165 @@
+"""The self-check: does S2-Attn do on a given model what it promises? Run by ``longlora check MODEL`` and by the tests.
+
+Every check compares outputs of the whole model, through transformers, not of our functions alone. A check that a broken
+switch could pass is paired with one that it can't: sparse attention must also differ from full attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from longlora.attention.registry import use_full, use_s2
+from longlora.errors import LongLoraError
+
+_GROUP = 16
+_SINKS = 2
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One line of the self-check; `detail` holds the measured number and its limit."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def check_model(model: PreTrainedModel) -> Iterator[CheckResult]:
+    """Run all checks on `model` (float32 recommended), yielding each result as it is known.
+
+    The model is left as it was: full attention, evaluation mode, same weights.
+    """
+    checks: list[tuple[str, Callable[[PreTrainedModel], tuple[bool, str]]]] = [
+        ("no token sees a later one", _no_leak),
+        ("sparse attention is in effect", _differs_from_full),
+        ("a group as long as the sequence is full attention", _long_group_is_full),
+        ("packed documents do not see each other", _documents_are_isolated),
+        ("right padding changes nothing", _padding_changes_nothing),
+        ("evaluation is full attention", _evaluation_is_full),
+        ("gradients are finite and reach all layers", _gradients),
+    ]
+    for name, run in checks:
+        try:
+            passed, detail = run(model)
+        except LongLoraError as error:
+            passed, detail = False, str(error)
+        finally:
+            model.eval()
+            use_full(model)
+        yield CheckResult(name, passed, detail)
+
+
+@contextmanager
+def _sparse(model: PreTrainedModel, group_size: int = _GROUP, sink_tokens: int = _SINKS) -> Iterator[None]:
+    # The sparse pattern without dropout: evaluation mode with the option that keeps the pattern.
+    model.eval()
+    use_s2(model, group_size=group_size, sink_tokens=sink_tokens, sparse_in_evaluation=True)
+    try:
+        yield
+    finally:
+        use_full(model)
+
+
+def _tokens(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False, **kwargs).logits.float()  # type: ignore[no-any-return]
+
+
+def _tolerance(logits: Tensor, model: PreTrainedModel) -> float:
+    """Rounding of the model's data type, relative to the spread of its logits."""
+    unit = 1e-4 if model.dtype is torch.float32 else 5e-2
+    return unit * (logits.max() - logits.min()).item()
+
+
+def _compare(model: PreTrainedModel, one: Tensor, other: Tensor) -> tuple[bool, str]:
+    limit, found = _tolerance(one, model), (one - other).abs().max().item()
+    return found <= limit, f"largest difference of logits {found:.2g}, limit {limit:.2g}"
+
+
+def _no_leak(model: PreTrainedModel) -> tuple[bool, str]:
+    worst = limit = 0.0
+    # A roll leaks only where the length is a multiple of the group: the end meets the beginning.
+    for length in (3 * _GROUP, 3 * _GROUP + 5):
+        ids = _tokens(model, length)
+        with _sparse(model):
+            before = _logits(model, ids)
+            for position in (1, _GROUP // 2, _GROUP, 2 * _GROUP + 3, length - 1):
+                changed = ids.clone()
+                changed[0, position] = (changed[0, position] + 1) % model.get_input_embeddings().weight.shape[0]
+                worst = max(worst, (_logits(model, changed) - before)[:, :position].abs().max().item())
+        limit = _tolerance(before, model)
+    return worst <= limit, f"largest change before a changed token {worst:.2g}, limit {limit:.2g}"
+
+
+def _differs_from_full(model: PreTrainedModel) -> tuple[bool, str]:
+    ids = _tokens(model, 3 * _GROUP)
+    full = _logits(model, ids)
+    with _sparse(model):
+        found = (_logits(model, ids) - full).abs().max().item()
+    limit = _tolerance(full, model)
+    return found > limit, f"sparse differs from full by {found:.2g}, must be more than {limit:.2g}"
+
+
+def _long_group_is_full(model: PreTrainedModel) -> tuple[bool, str]:
+    ids = _tokens(model, 2 * _GROUP - 1)
+    full = _logits(model, ids)
+    with _sparse(model, group_size=2 * _GROUP):
+        return _compare(model, full, _logits(model, ids))
+
+
+def _documents_are_isolated(model: PreTrainedModel) -> tuple[bool, str]:
+    first, second = _tokens(model, 2 * _GROUP + 3, seed=1), _tokens(model, _GROUP + 7, seed=2)
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(first.shape[1]), torch.arange(second.shape[1])])[None].to(model.device)
+    with _sparse(model):
+        alone = torch.cat([_logits(model, first), _logits(model, second)], dim=1)
+        return _compare(model, alone, _logits(model, packed, position_ids=positions))
+
+
+def _padding_changes_nothing(model: PreTrainedModel) -> tuple[bool, str]:
+    long, short = _tokens(model, 2 * _GROUP + 9, seed=3), _tokens(model, _GROUP + 3, seed=4)
+    padded = torch.cat([short, short.new_zeros(1, long.shape[1] - short.shape[1])], dim=1)
+    mask = torch.ones(2, long.shape[1], dtype=torch.long, device=model.device)
+    mask[1, short.shape[1] :] = 0
+    with _sparse(model):
+        alone = _logits(model, short)
+        together = _logits(model, torch.cat([long, padded]), attention_mask=mask)
+        return _compare(model, alone, together[1:, : short.shape[1]])
+
+
+def _evaluation_is_full(model: PreTrainedModel) -> tuple[bool, str]:
+    ids = _tokens(model, 3 * _GROUP + 1)
+    full = _logits(model, ids)
+    use_s2(model, group_size=_GROUP, sink_tokens=_SINKS)
+    return _compare(model, full, _logits(model.eval(), ids))
+
+
+def _gradients(model: PreTrainedModel) -> tuple[bool, str]:
+    ids = _tokens(model, 2 * _GROUP + 5)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    use_s2(model, group_size=_GROUP, sink_tokens=_SINKS)
+    projections = [p.requires_grad_(True) for name, p in model.named_parameters() if p.ndim == 2]
+    model.train()
+    try:
+        loss = model(input_ids=ids, labels=ids).loss
+        grads = torch.autograd.grad(loss, projections, allow_unused=True)
+    finally:
+        for parameter, before in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(before)
+    used = [grad for grad in grads if grad is not None]
+    finite = all(bool(torch.isfinite(grad).all()) for grad in used)
+    moving = sum(bool((grad != 0).any()) for grad in used)
+    passed = finite and moving == len(projections)
+    return passed, f"{moving} of {len(projections)} weight matrices get a gradient, {'all' if finite else 'NOT all'} finite"

@@ -1,0 +1,1 @@
+"""The command line: parse, call a library function, print, exit code. Read `app.py` first."""

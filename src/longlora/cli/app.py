@@ -1,0 +1,60 @@
+"""The ``longlora`` command: its verbs, and how errors reach a person.
+
+A `LongLoraError` is one line on stderr and exit code 2; Ctrl-C is one line and exit code 130; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import warnings
+
+import typer
+
+from longlora.cli import check, measure, prepare, quickstart, train
+from longlora.errors import LongLoraError
+
+_OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+app = typer.Typer(
+    help="Teach a causal language model a longer context with shifted sparse attention (LongLoRA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _module in (quickstart, prepare, train, measure, check):
+    _module.add_to(app)
+
+
+def main() -> None:
+    """Entry point of the ``longlora`` command."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _quiet_libraries()
+    try:
+        app()
+    except LongLoraError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished files are whole, and `longlora resume` goes on from the last checkpoint", 130)
+    except OSError as error:
+        if error.errno not in _OUR_FAULT_NOT:
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        _fail(f"cannot write{place}: {error.strerror}; free space or choose another run_dir", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"longlora: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Only what a person can act on: the libraries' progress bars and deprecation notes are not."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="(torch|peft|accelerate|transformers).*")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,0 +1,35 @@
+"""Arguments that all verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from longlora.artifacts import RunFolder, write_atomic
+from longlora.config import Recipe, dump_recipe, load_recipe
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe YAML, or a run folder that holds a recipe.yaml.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example train.steps=20.")
+]
+
+
+def read_recipe(path: Path, overrides: Sequence[str] | None) -> Recipe:
+    """The recipe of a YAML file or a run folder, with overrides."""
+    return load_recipe(RunFolder(path).recipe if path.is_dir() else path, overrides or [])
+
+
+def save_recipe(recipe: Recipe) -> None:
+    """Leave the resolved recipe in the run folder."""
+    write_atomic(RunFolder(recipe.run_path).recipe, dump_recipe(recipe))
+
+
+def console() -> Console:
+    """Where results are printed: stdout, without colours or bars when it is no terminal."""
+    return Console()

@@ -1,0 +1,53 @@
+"""``longlora train``, ``resume`` and ``merge``."""
+
+from __future__ import annotations
+
+import typer
+
+from longlora.artifacts import RunFolder
+from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe, save_recipe
+from longlora.errors import RunFolderError
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (train, resume, merge):
+        app.command()(command)
+
+
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Train the adapter on the prepared shards."""
+    resolved = read_recipe(recipe, overrides)
+    from longlora.training.trainer import train as run_training
+
+    RunFolder(resolved.run_path).require_unused()
+    save_recipe(resolved)
+    console().print(f"adapter: {run_training(resolved, console())}", highlight=False)
+
+
+def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Go on from the newest whole checkpoint."""
+    resolved = read_recipe(recipe, overrides)
+    saved = read_recipe(RunFolder(resolved.run_path).root, None)
+    for section in ("model", "context", "attention", "adapter", "data"):
+        if getattr(resolved, section) != getattr(saved, section):
+            raise RunFolderError(
+                f"{section} differs from the recipe the run in {resolved.run_dir} began with: "
+                "resume with its own recipe.yaml, or train in another run_dir"
+            )
+    from longlora.training.trainer import train as run_training
+
+    save_recipe(resolved)
+    console().print(f"adapter: {run_training(resolved, console(), resume=True)}", highlight=False)
+
+
+def merge(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Merge the adapter into an ordinary model, and verify it."""
+    run = RunFolder(read_recipe(recipe, overrides).run_path)
+    from longlora.model.merge import merge_adapter
+
+    check = merge_adapter(run.adapter, run.merged)
+    console().print(
+        f"merged: {run.merged} (logits: merged {check.adapter_to_merged:.1e}, reloaded {check.merged_to_reloaded:.1e}; "
+        f"KL: rounding {check.kl_rounding:.1e}, training {check.kl_training:.1e})",
+        highlight=False,
+    )

@@ -1,0 +1,278 @@
+"""The recipe: every setting of a run, read from one YAML file plus dotted overrides.
+
+In: a YAML file and strings such as ``train.steps=20``. Out: a frozen, validated `Recipe`.
+This module imports neither torch nor transformers, so that a wrong key is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from longlora.errors import RecipeError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Which model is extended."""
+
+    name_or_path: str
+    """Local folder or hub id of a causal language model. Remote code is never run."""
+    revision: str | None = None
+    """Hub revision; ignored for a local folder."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Data type of the frozen weights and of the merged model. Trained weights are always float32 while training."""
+    original_context_length: int | None = Field(default=None, gt=0)
+    """Tokens the base model was trained for. Needed only where its config does not say it unambiguously."""
+
+
+class ContextConfig(_Section):
+    """The context to reach and how rotary position embeddings are rescaled to it."""
+
+    context_length: int = Field(gt=0)
+    """Tokens the model shall handle afterwards; longer than the model's own context."""
+    rope_type: Literal["auto", "linear", "yarn", "theta"] = "auto"
+    """``auto`` keeps a native llama3 or yarn scaling and otherwise uses yarn. ``linear`` is position interpolation,
+    the choice of the LongLoRA paper; ``theta`` enlarges the base of the frequencies."""
+
+
+class AttentionConfig(_Section):
+    """Shifted sparse attention (S2-Attn), used while training only."""
+
+    pattern: Literal["s2", "full"] = "s2"
+    """``full`` trains with full attention: the expensive baseline."""
+    group_size: int | None = Field(default=2048, gt=0)
+    """Tokens in a group; even. Set to null when `group_size_ratio` is given."""
+    group_size_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Group size as a part of the context length; 0.25 is the paper's choice."""
+    sink_tokens: int = Field(default=4, ge=0)
+    """First tokens of each document that every group may attend to; 0 is the paper's pattern."""
+
+    @model_validator(mode="after")
+    def _one_group_size(self) -> AttentionConfig:
+        if (self.group_size is None) == (self.group_size_ratio is None):
+            raise ValueError(
+                f"group_size={self.group_size} and group_size_ratio={self.group_size_ratio}: "
+                "give exactly one of them and set the other to null"
+            )
+        return self
+
+    def resolve_group_size(self, context_length: int) -> int:
+        """Tokens in a group at `context_length`; a ratio is rounded down to an even number."""
+        if self.group_size is not None:
+            return self.group_size
+        assert self.group_size_ratio is not None
+        return max(2, int(context_length * self.group_size_ratio) // 2 * 2)
+
+
+class AdapterConfig(_Section):
+    """What is trained: LoRA on linear layers, plus embeddings and norms in full (paper, section 3.3)."""
+
+    r: int = Field(default=8, gt=0)
+    lora_alpha: int = Field(default=16, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["attention", "all-linear"] | list[str] = "attention"
+    """``attention`` is the q, k, v and output projections (the paper); or module names as PEFT takes them."""
+    train_embeddings: bool = True
+    train_norms: bool = True
+
+
+class DataConfig(_Section):
+    """Texts to train on and to measure on."""
+
+    train: list[str] = Field(default_factory=list)
+    """Files, folders, saved Hugging Face datasets or hub ids. Files: .txt, .md, .jsonl, .parquet."""
+    heldout: list[str] = Field(default_factory=list)
+    """Like `train`, never trained on; measured by `longlora eval`."""
+    text_field: str = "text"
+    """Column with the text in .jsonl, .parquet and datasets."""
+    min_document_tokens: int = Field(default=0, ge=0)
+    """Shorter documents are left out of both sets, and counted."""
+    add_special_tokens: bool = True
+    """Put the tokenizer's BOS and/or an EOS at the document bounds, where it has them."""
+
+
+class TrainConfig(_Section):
+    """The optimisation."""
+
+    steps: int = Field(default=1000, gt=0)
+    micro_batch_size: int = Field(default=1, gt=0)
+    """Packed sequences per forward pass and process."""
+    grad_accum_steps: int = Field(default=8, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    warmup_steps: int = Field(default=20, ge=0)
+    """Linear warmup; the rate is constant afterwards."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = 0
+    """Order of the sequences and initial LoRA weights."""
+    activation_checkpointing: bool = True
+    loss_chunk_tokens: int = Field(default=1024, gt=0)
+    """Tokens whose logits exist at one time."""
+    logging_steps: int = Field(default=1, gt=0)
+    save_steps: int = Field(default=100, gt=0)
+    save_total_limit: int = Field(default=2, gt=0)
+    """Complete checkpoints kept."""
+
+
+class PerplexityConfig(_Section):
+    """Loss on held-out documents: each token is scored once (Press et al. 2021, section 2)."""
+
+    context_lengths: list[int] | None = None
+    """Window sizes in tokens; null means the original and the new context length."""
+    stride: int | None = Field(default=None, gt=0)
+    """Tokens a window advances; null means the window size (disjoint windows)."""
+    tokens_per_document: int | None = Field(default=None, gt=0)
+    """First tokens of each document that are scored; null means one new context length."""
+    max_documents: int = Field(default=8, gt=0)
+
+
+class PasskeyConfig(_Section):
+    """Passkey retrieval on a grid of lengths and depths (Mohtashami and Jaggi 2023)."""
+
+    lengths: list[int] | None = None
+    """Prompt lengths in tokens; null means quarter, half, three quarters and all of the new context."""
+    depths: list[float] = Field(default_factory=lambda: [0.1, 0.5, 0.9])
+    """Where the key stands: 0 is the beginning of the prompt, 1 its end."""
+    num_trials: int = Field(default=2, ge=0)
+    """Keys per grid cell; 0 leaves the test out."""
+    haystack: Literal["filler", "heldout"] = "filler"
+    """``filler`` repeats the original five sentences; ``heldout`` hides the key in held-out text."""
+
+
+class EvalConfig(_Section):
+    """What is measured, always with full attention, for base, RoPE rescaled only, and trained."""
+
+    variants: list[Literal["base", "rope_only", "trained"]] = Field(
+        default_factory=lambda: ["base", "rope_only", "trained"]
+    )
+    perplexity: PerplexityConfig = Field(default_factory=PerplexityConfig)
+    passkey: PasskeyConfig = Field(default_factory=PasskeyConfig)
+    prefill_chunk_tokens: int = Field(default=2048, gt=0)
+    """Tokens per forward pass when a long prompt is read into the KV cache."""
+    seed: int = 0
+
+
+class Recipe(_Section):
+    """A whole run. `run_dir` is where everything it makes is written."""
+
+    run_dir: str
+    model: ModelConfig
+    context: ContextConfig
+    attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_dir)
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe from YAML and apply dotted overrides such as ``train.steps=20``.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or a key or value is not understood.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist: give the path of a YAML file, see recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} holds {type(values).__name__}, not a mapping of settings")
+    return build_recipe(values, overrides, source=str(path))
+
+
+def build_recipe(values: dict[str, Any], overrides: Iterable[str] = (), source: str = "recipe") -> Recipe:
+    """Validate nested `values` after applying dotted `overrides`; raises `RecipeError` with a hint."""
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r} is not of the form section.key=value, for example train.steps=20")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    # YAML 1.1 reads 3e-4 as a string; numbers are what a person means here.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *sections, leaf = key.split(".")
+    node = values
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    dotted = ".".join(location)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{source}: unknown key {dotted}{_did_you_mean(location)}{more}"
+    if first["type"] == "missing":
+        return f"{source}: {dotted} is missing; add it to the recipe or give {dotted}=VALUE{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{source}: {dotted} = {first['input']!r}: {message}{more}"
+
+
+def _did_you_mean(location: list[str]) -> str:
+    known = leaf_keys(Recipe) + list(Recipe.model_fields)
+    dotted = ".".join(location)
+    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+    if not close:  # the right name in the wrong section
+        close = [key for key in known if key.rsplit(".", 1)[-1] == location[-1]][:1]
+    if not close:
+        by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = difflib.get_close_matches(location[-1], by_leaf, n=1, cutoff=0.6)
+        close = [by_leaf[near[0]]] if near else []
+    return f"; did you mean {close[0]}?" if close else "; see recipes/ for the keys there are"
+
+
+def leaf_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all settings below `section`, for example ``train.steps``."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys += leaf_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

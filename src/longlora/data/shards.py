@@ -1,0 +1,230 @@
+"""Token shards: documents as one flat array of token ids on disk, with offsets and a verified manifest.
+
+A shard is a folder with ``tokens.bin`` (int32), ``offsets.bin`` (int64) and ``manifest.json``. Document i is
+``tokens[offsets[i]:offsets[i + 1]]``; both files are little-endian on every machine, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longlora.artifacts import OFFSETS, TOKENS, new_folder, verify_manifest, write_manifest
+from longlora.data.documents import Document, ReadReport
+from longlora.errors import DataError, RunFolderError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCHEMA = 1
+
+_TOKEN = np.dtype("<i4")
+_OFFSET = np.dtype("<i8")
+_BATCH_CHARACTERS = 1_000_000
+_PREPARE_AGAIN = "run `longlora prepare` again"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenShard:
+    """Tokenized documents; the tokens stay on disk and are mapped into memory."""
+
+    folder: Path
+    tokens: NDArray[np.int32]
+    """[total tokens], read-only memory map."""
+    offsets: NDArray[np.int64]
+    """[documents + 1], strictly increasing from 0 to the number of tokens."""
+    names: tuple[str, ...]
+    tokenizer_hash: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[documents], tokens in each."""
+        return np.diff(self.offsets)
+
+    def document(self, index: int) -> NDArray[np.int32]:
+        """[tokens] of document `index`, a view of the memory map; `IndexError` outside 0 .. len - 1."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of a shard with {len(self)} documents")
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def write_shard(
+    folder: Path,
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokenizer_hash: str,
+    add_special_tokens: bool,
+    min_document_tokens: int = 0,
+    report: ReadReport,
+    replace: bool = False,
+) -> TokenShard:
+    """Tokenize `documents` into a new shard at `folder`; nothing is left there unless all of it was written.
+
+    Args:
+        tokenizer_hash: what identifies the tokenizer; `open_shard` compares it.
+        add_special_tokens: put BOS in front of and EOS behind each document, each only if the tokenizer does so itself.
+        min_document_tokens: documents with fewer tokens, special ones included, are left out.
+        report: names of documents without tokens and of too short ones are added to it; all it names is written to
+            the manifest.
+        replace: remove an existing shard, after the new one was written.
+
+    Raises:
+        DataError: no document was left, or the disk refused.
+        RunFolderError: `folder` exists and `replace` is false.
+    """
+    try:
+        with new_folder(folder, replace=replace) as temporary:
+            rows = _token_rows(documents, tokenizer, add_special_tokens, report)
+            names, offsets = _write_tokens(temporary / TOKENS, rows, min_document_tokens, report)
+            if not names:
+                raise DataError(_nothing_left(folder, min_document_tokens, report))
+            offsets.tofile(temporary / OFFSETS)
+            write_manifest(
+                temporary,
+                schema=SCHEMA,
+                tokenizer_hash=tokenizer_hash,
+                documents=len(names),
+                tokens=int(offsets[-1]),
+                longest_document=int(np.diff(offsets).max()),
+                names=names,
+                too_short=_named(report.too_short),
+                empty=_named(report.empty),
+                undecodable=_named(report.undecodable),
+            )
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error}): free the disk or choose another run_dir") from error
+    return open_shard(folder, tokenizer_hash)
+
+
+def open_shard(folder: Path, tokenizer_hash: str | None) -> TokenShard:
+    """The shard at `folder`, after checking its sizes, checksums, offsets and tokenizer.
+
+    Args:
+        tokenizer_hash: of the model's tokenizer; None accepts any.
+
+    Raises:
+        DataError: the shard is missing, damaged, or was prepared with another tokenizer.
+    """
+    try:
+        manifest = verify_manifest(folder, _PREPARE_AGAIN)
+    except RunFolderError as error:
+        raise DataError(str(error)) from error
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but not one of our manifests
+        raise _damaged(folder, f"its manifest names no files with sizes and sha256 ({error!r})") from error
+    schema = manifest.get("schema")
+    if schema != SCHEMA:
+        raise _damaged(folder, f"its manifest has schema {schema!r}, this version reads {SCHEMA}")
+    prepared_with = manifest.get("tokenizer_hash")
+    if tokenizer_hash is not None and prepared_with != tokenizer_hash:
+        raise DataError(
+            f"{folder} was prepared with tokenizer {prepared_with}, the model has {tokenizer_hash}: {_PREPARE_AGAIN}"
+        )
+    names = manifest.get("names")
+    if not isinstance(names, list):
+        raise _damaged(folder, "its manifest has no list of document names")
+    tokens, offsets = _map_files(folder, manifest["files"])
+    _check_offsets(folder, offsets, len(names), len(tokens))
+    return TokenShard(folder, tokens, offsets, tuple(names), str(prepared_with))
+
+
+def _map_files(folder: Path, files: dict[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    for name, dtype in ((TOKENS, _TOKEN), (OFFSETS, _OFFSET)):
+        size = files.get(name, {"bytes": 0})["bytes"]
+        if size == 0 or size % dtype.itemsize:
+            raise _damaged(folder, f"{name} has {size} bytes, not a multiple of {dtype.itemsize} above 0")
+    return np.memmap(folder / TOKENS, dtype=_TOKEN, mode="r"), np.fromfile(folder / OFFSETS, dtype=_OFFSET)
+
+
+def _check_offsets(folder: Path, offsets: NDArray[np.int64], documents: int, tokens: int) -> None:
+    if len(offsets) != documents + 1:
+        raise _damaged(folder, f"{documents} documents need {documents + 1} offsets, there are {len(offsets)}")
+    if offsets[0] != 0 or np.any(np.diff(offsets) <= 0):
+        raise _damaged(folder, "its offsets do not increase from 0")
+    if offsets[-1] != tokens:
+        raise _damaged(folder, f"its last offset is {offsets[-1]}, there are {tokens} tokens")
+
+
+def _damaged(folder: Path, what: str) -> DataError:
+    return DataError(f"{folder} is no usable token shard, {what}: {_PREPARE_AGAIN}")
+
+
+def _write_tokens(
+    path: Path, rows: Iterable[tuple[str, list[int]]], min_document_tokens: int, report: ReadReport
+) -> tuple[list[str], NDArray[np.int64]]:
+    """Write the token rows that are long enough one behind the other; their names and offsets."""
+    names: list[str] = []
+    offsets = [0]
+    with path.open("wb") as handle:
+        for name, row in rows:
+            if len(row) < min_document_tokens:
+                report.too_short.append(name)
+                continue
+            np.asarray(row, dtype=_TOKEN).tofile(handle)
+            names.append(name)
+            offsets.append(offsets[-1] + len(row))
+    return names, np.asarray(offsets, dtype=_OFFSET)
+
+
+def _token_rows(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool, report: ReadReport
+) -> Iterator[tuple[str, list[int]]]:
+    """Name and token ids of each document that has tokens."""
+    before, after = _special_tokens(tokenizer) if add_special_tokens else ([], [])
+    for batch in _batches(documents):
+        texts = [document.text for document in batch]
+        # verbose=False: long documents are the purpose here, no reason for a warning.
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        for document, row in zip(batch, encoded["input_ids"], strict=True):
+            if row:
+                yield document.name, before + row + after
+            else:
+                report.empty.append(document.name)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Group neighbours up to about a million characters; a longer document is alone or ends its group."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What goes in front of and behind a document: BOS and EOS, where the tokenizer puts them there itself.
+
+    The presence of `bos_token_id` alone says nothing: many models name one that they never saw in front of a text.
+    """
+    ids = list(tokenizer("a").input_ids)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    before = [int(bos)] if bos is not None and ids[:1] == [bos] else []
+    after = [int(eos)] if eos is not None and ids[-1:] == [eos] else []
+    return before, after
+
+
+def _named(names: list[str]) -> dict[str, Any]:
+    return {"count": len(names), "names": names}
+
+
+def _nothing_left(folder: Path, min_document_tokens: int, report: ReadReport) -> str:
+    return (
+        f"no document is left for {folder}: {len(report.empty)} empty, {len(report.undecodable)} not UTF-8, "
+        f"{len(report.too_short)} shorter than min_document_tokens={min_document_tokens}: "
+        "give other texts in data.train or data.heldout, or lower data.min_document_tokens"
+    )

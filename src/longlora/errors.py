@@ -1,0 +1,23 @@
+"""The errors a user can cause. The command line prints each as one line and exits with code 2."""
+
+from __future__ import annotations
+
+
+class LongLoraError(Exception):
+    """Something the user can repair: the message says the value, the limit and the remedy."""
+
+
+class RecipeError(LongLoraError):
+    """A recipe key or value that is not understood."""
+
+
+class DataError(LongLoraError):
+    """Input text, token shards or their manifest that cannot be used."""
+
+
+class ModelError(LongLoraError):
+    """A model, adapter or attention setting that cannot be used."""
+
+
+class RunFolderError(LongLoraError):
+    """A run folder that is in use, incomplete or damaged."""

@@ -1,0 +1,249 @@
+"""Measuring base, RoPE rescaled only, and trained: a recipe in, one JSON file of rows for each variant out."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longlora.artifacts import RunFolder, write_json
+from longlora.config import PasskeyConfig, Recipe
+from longlora.data.shards import open_shard
+from longlora.errors import DataError, RunFolderError
+from longlora.evaluation.passkey import Hidden, filler_prompts, hide_facts
+from longlora.evaluation.perplexity import document_rows
+from longlora.evaluation.stream import Reading, read
+from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.head import OutputHead, output_head
+from longlora.model.merge import merged_model
+from longlora.model.rope import rescale_rope
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A held-out document as it is read: with hidden numbers or as it is."""
+
+    name: str
+    hidden: Hidden
+
+
+def evaluate(recipe: Recipe, console: Console) -> list[Path]:
+    """Measure the variants of `recipe.eval` and write ``eval/VARIANT.json`` for each.
+
+    ``trained`` is the merged model of the run, or its adapter merged in memory where there is no ``merged/`` yet.
+
+    Raises:
+        LongLoraError: there is no trained model, no held-out document long enough, or something does not fit.
+    """
+    run = RunFolder(recipe.run_path)
+    tokenizer = load_tokenizer(recipe.model)
+    original = load_config(recipe.model)
+    _, change = rescale_rope(
+        original, recipe.context.context_length, recipe.context.rope_type, recipe.model.original_context_length
+    )
+    contexts = recipe.eval.perplexity.context_lengths or [change.original_context_length, change.context_length]
+    texts, prompts = _material(recipe, run, tokenizer, contexts)
+    paths = []
+    for variant in recipe.eval.variants:
+        began = time.monotonic()
+        model = _variant(recipe, run, variant).to(device_for_run())
+        head = output_head(model)
+        rows = _measure(recipe, model, head, tokenizer, texts, prompts, contexts, console, variant)
+        result = {
+            "schema": 1,
+            "variant": variant,
+            "original_context_length": change.original_context_length,
+            "context_length": change.context_length,
+            **_environment(recipe, model),
+            "seconds": time.monotonic() - began,
+            **rows,
+        }
+        path = run.evaluation(variant)
+        write_json(path, result)
+        paths.append(path)
+        del model, head
+        gc.collect()
+    return paths
+
+
+def _variant(recipe: Recipe, run: RunFolder, variant: str) -> PreTrainedModel:
+    if variant == "base":
+        return load_model(recipe.model)
+    if variant == "rope_only":
+        config, _ = rescale_rope(
+            load_config(recipe.model),
+            recipe.context.context_length,
+            recipe.context.rope_type,
+            recipe.model.original_context_length,
+        )
+        return load_model(recipe.model, config)
+    if run.merged.exists():
+        return load_model(recipe.model.model_copy(update={"name_or_path": str(run.merged), "revision": None}))
+    if not run.adapter.exists():
+        raise RunFolderError(f"{run.adapter} does not exist: run `longlora train` first, or leave out trained")
+    return merged_model(run.adapter)
+
+
+def _material(
+    recipe: Recipe, run: RunFolder, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[int]
+) -> tuple[list[_Text], list[Hidden]]:
+    """Held-out texts to be read for their loss, and prompts that are only answered."""
+    settings, passkey = recipe.eval.perplexity, recipe.eval.passkey
+    shard = open_shard(run.heldout_shard, tokenizer_hash(tokenizer))
+    needed = max(*contexts, settings.tokens_per_document or 0)
+    long_enough = [index for index, length in enumerate(shard.lengths) if length >= needed]
+    if not long_enough:
+        raise DataError(
+            f"no held-out document has {needed} tokens, the longest has {max(shard.lengths)}: "
+            "add longer ones to data.heldout or lower eval.perplexity.context_lengths"
+        )
+    lengths = _passkey_lengths(recipe)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    texts = []
+    for trial, index in enumerate(long_enough[: settings.max_documents]):
+        tokens = shard.document(index)[:needed].tolist()
+        hidden = Hidden(tokens, [True] * len(tokens), [], [])
+        if passkey.num_trials and passkey.haystack == "heldout":
+            hidden = hide_facts(encode, tokens, lengths, passkey.depths, trial, recipe.eval.seed)
+            # The rest of the document follows after the longest question.
+            rest = tokens[sum(hidden.scored) :][: max(0, needed - len(hidden.tokens))]
+            hidden = Hidden(
+                [*hidden.tokens, *rest], [*hidden.scored, *[True] * len(rest)], hidden.questions, hidden.facts
+            )
+        texts.append(_Text(shard.names[index], hidden))
+    prompts = []
+    if passkey.num_trials and passkey.haystack == "filler":
+        prompts = filler_prompts(encode, lengths, passkey.depths, passkey.num_trials, recipe.eval.seed)
+    return texts, prompts
+
+
+def _passkey_lengths(recipe: Recipe) -> list[int]:
+    passkey: PasskeyConfig = recipe.eval.passkey
+    context = recipe.context.context_length
+    return passkey.lengths or [context * quarter // 4 for quarter in (1, 2, 3, 4)]
+
+
+def _measure(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    head: OutputHead,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[_Text],
+    prompts: list[Hidden],
+    contexts: Sequence[int],
+    console: Console,
+    variant: str,
+) -> dict[str, Any]:
+    settings = recipe.eval.perplexity
+    perplexity: list[dict[str, Any]] = []
+    positions: list[dict[str, Any]] = []
+    passkey: list[dict[str, Any]] = []
+    for count, text in enumerate(texts, 1):
+        asked = False
+
+        def losses_of(start: int, stop: int, text: _Text = text) -> Tensor:
+            # Questions go with the first and longest reading, which begins with the document.
+            nonlocal asked
+            questions = [] if asked or start else text.hidden.questions
+            reading = read(
+                model,
+                head,
+                text.hidden.tokens[start:stop],
+                questions,
+                chunk_tokens=recipe.eval.prefill_chunk_tokens,
+                loss_chunk_tokens=recipe.train.loss_chunk_tokens,
+            )
+            if questions:
+                asked = True
+                passkey.extend(_passkey_rows(text.name, text.hidden, reading, tokenizer))
+            return reading.losses_T
+
+        console.print(f"{variant}: document {count}/{len(texts)} {text.name}", highlight=False)
+        rows, places = document_rows(
+            text.name,
+            text.hidden.tokens,
+            text.hidden.scored,
+            contexts,
+            settings.stride,
+            settings.tokens_per_document,
+            losses_of,
+        )
+        perplexity += rows
+        positions += places
+    for count, prompt in enumerate(prompts, 1):
+        fact = prompt.facts[0]
+        console.print(
+            f"{variant}: passkey {count}/{len(prompts)} length {fact['length']} depth {fact['depth']}", highlight=False
+        )
+        chunk = recipe.eval.prefill_chunk_tokens
+        reading = read(model, head, prompt.tokens, prompt.questions, chunk_tokens=chunk, score=False)
+        passkey += _passkey_rows(None, prompt, reading, tokenizer)
+    return {"perplexity": perplexity, "positions": positions, "passkey": passkey}
+
+
+def _passkey_rows(
+    document: str | None, hidden: Hidden, reading: Reading, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    return [
+        {
+            **fact,
+            "document": document,
+            "answer": tokenizer.decode(answer.greedy).strip(),
+            "correct": answer.greedy == question.answer,
+            "log_probability": answer.log_probability,
+            "tokens": len(question.answer),
+        }
+        for fact, question, answer in zip(hidden.facts, hidden.questions, reading.answers, strict=True)
+    ]
+
+
+def _environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "model": recipe.model.name_or_path,
+        "rope_parameters": getattr(model.config, "rope_parameters", None),
+        "attention": f"full ({model.config._attn_implementation})",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": _device_name(model.device),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "longlora")},
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+        "seed": recipe.eval.seed,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        made = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return made.stdout.strip() or None if made.returncode == 0 else None

@@ -1,0 +1,168 @@
+"""Five questions about an extended model, each answered PASS, FAIL or not measured, with its numbers.
+
+In: `Evaluation` by variant. Out: five `Verdict`. The limits are module constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from longlora.evaluation.records import Evaluation, PasskeyRow, PerplexityRow, shared, shared_passkey, shared_perplexity
+from longlora.evaluation.statistics import MeanInterval, paired_difference, token_weighted_mean
+
+TAIL_LIMIT = 0.1
+"""Nats that the tail of the new context may lie above the base model's loss at its own context."""
+SHORT_LIMIT = 0.05
+"""Nats that the loss at the original context may rise against base."""
+
+Status = Literal["PASS", "FAIL", "not measured"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`claim` is what was asked, `numbers` what was found, one line for each item."""
+
+    status: Status
+    claim: str
+    numbers: tuple[str, ...]
+
+
+def judge(evaluations: Mapping[str, Evaluation], original: int, new: int) -> tuple[Verdict, ...]:
+    """The five verdicts; `original` and `new` are context lengths in tokens."""
+    return (
+        _tail_kept(evaluations, original, new),
+        _short_context_kept(evaluations, original),
+        _better_than_rope_only(evaluations, (original, new)),
+        _retrieves_beyond(evaluations, original),
+        _retrieval_kept(evaluations),
+    )
+
+
+def _pair(evaluations: Mapping[str, Evaluation], *names: str) -> dict[str, Evaluation]:
+    return {name: evaluations[name] for name in names if name in evaluations}
+
+
+def _tail_kept(evaluations: Mapping[str, Evaluation], original: int, new: int) -> Verdict:
+    claim = (
+        f"Trained, end of the {new}-token window: loss at most {TAIL_LIMIT} nats above the base model's own loss at "
+        f"{original} tokens, on the same documents"
+    )
+
+    def select(item: Evaluation) -> list[PerplexityRow]:
+        length = original if item.variant == "base" else new
+        wanted = [row for row in item.perplexity if row.context_length == length]
+        return wanted if item.variant == "base" else [row for row in wanted if row.has_tail]
+
+    rows = shared(_pair(evaluations, "base", "trained"), select, lambda row: row.document)
+    if len(rows) < 2:
+        return Verdict("not measured", claim, (f"needs base at {original} and trained at {new} tokens",))
+    base, trained = rows["base"], rows["trained"]
+    own = _mean_loss(base)
+    tail = token_weighted_mean([row.tail_loss or 0.0 for row in trained], [row.tail_tokens for row in trained])
+    tokens = max(row.tail_tokens for row in trained)
+    numbers = (
+        f"trained, last {tokens} of {new} tokens {tail:.3f}; base at {original} tokens {own:.3f}; "
+        f"difference {tail - own:+.3f} (limit {TAIL_LIMIT:+}); {_count(len(base), 'document')}"
+    )
+    return Verdict(_status(_at_most(tail - own, TAIL_LIMIT)), claim, (numbers,))
+
+
+def _short_context_kept(evaluations: Mapping[str, Evaluation], original: int) -> Verdict:
+    claim = f"Trained, {original} tokens: loss at most {SHORT_LIMIT} nats above base"
+    rows = shared_perplexity(_pair(evaluations, "base", "trained"), original)
+    if len(rows) < 2:
+        return Verdict("not measured", claim, (f"needs base and trained at {original} tokens",))
+    base, trained = _mean_loss(rows["base"]), _mean_loss(rows["trained"])
+    numbers = (
+        f"trained {trained:.3f}; base {base:.3f}; difference {trained - base:+.3f} (limit {SHORT_LIMIT:+}); "
+        f"{_count(len(rows['base']), 'document')}"
+    )
+    return Verdict(_status(_at_most(trained - base, SHORT_LIMIT)), claim, (numbers,))
+
+
+def _better_than_rope_only(evaluations: Mapping[str, Evaluation], lengths: tuple[int, int]) -> Verdict:
+    claim = f"Trained below RoPE only in mean loss at {lengths[0]} and at {lengths[1]} tokens"
+    numbers, better = [], []
+    for length in lengths:
+        rows = shared_perplexity(_pair(evaluations, "rope_only", "trained"), length)
+        if len(rows) < 2:
+            return Verdict("not measured", claim, (f"needs RoPE only and trained at {length} tokens",))
+        trained, before = rows["trained"], rows["rope_only"]
+        difference = _mean_loss(trained) - _mean_loss(before)
+        over_documents = paired_difference([row.loss for row in trained], [row.loss for row in before])
+        improved = sum(row.loss < other.loss for row, other in zip(trained, before, strict=True))
+        better.append(difference < 0)
+        numbers.append(
+            f"{length} tokens: trained {_mean_loss(trained):.3f}; RoPE only {_mean_loss(before):.3f}; difference "
+            f"{difference:+.3f}{_interval(over_documents, ' over documents', 3)}; "
+            f"{improved} of {_count(len(trained), 'document')} lower"
+        )
+    return Verdict(_status(all(better)), claim, tuple(numbers))
+
+
+def _retrieves_beyond(evaluations: Mapping[str, Evaluation], original: int) -> Verdict:
+    claim = (
+        f"Passkey beyond {original} tokens: trained gives the key a higher log-probability than base "
+        "(95 % interval of the difference above 0)"
+    )
+    rows = shared_passkey(_pair(evaluations, "base", "trained"), lambda row: row.length > original)
+    if len(rows) < 2 or len(rows["base"]) < 2:
+        return Verdict("not measured", claim, (f"needs two keys asked of base and trained beyond {original} tokens",))
+    difference = _difference(rows["trained"], rows["base"])
+    passed = difference.low is not None and difference.low > 0
+    return Verdict(_status(passed), claim, (_difference_text(difference, len(rows["base"])),))
+
+
+def _retrieval_kept(evaluations: Mapping[str, Evaluation]) -> Verdict:
+    claim = (
+        "Passkey at every length: trained not below RoPE only in log-probability "
+        "(95 % interval of the difference not entirely below 0)"
+    )
+    pair = _pair(evaluations, "rope_only", "trained")
+    rows = shared_passkey(pair)
+    if len(rows) < 2:
+        return Verdict("not measured", claim, ("needs keys asked of RoPE only and trained",))
+    numbers, kept = [], []
+    for length in sorted({row.length for row in rows["trained"]}):
+        trained = [row for row in rows["trained"] if row.length == length]
+        before = [row for row in rows["rope_only"] if row.length == length]
+        difference = _difference(trained, before)
+        numbers.append(f"{length} tokens: {_difference_text(difference, len(trained))}")
+        if difference.high is not None:
+            kept.append(difference.high >= 0)
+    if not kept:
+        return Verdict("not measured", claim, (*numbers, "an interval needs two keys at a length"))
+    return Verdict(_status(all(kept)), claim, tuple(numbers))
+
+
+def _mean_loss(rows: Sequence[PerplexityRow]) -> float:
+    return token_weighted_mean([row.loss for row in rows], [row.tokens for row in rows])
+
+
+def _difference(a: Sequence[PasskeyRow], b: Sequence[PasskeyRow]) -> MeanInterval:
+    return paired_difference([row.log_probability for row in a], [row.log_probability for row in b])
+
+
+def _difference_text(difference: MeanInterval, keys: int) -> str:
+    return f"difference {difference.mean:+.2f}{_interval(difference)} nats; {_count(keys, 'key')}"
+
+
+def _interval(interval: MeanInterval, suffix: str = "", digits: int = 2) -> str:
+    if interval.low is None or interval.high is None:
+        return " (no interval)"
+    return f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]{suffix}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _status(passed: bool) -> Status:
+    return "PASS" if passed else "FAIL"
+
+
+def _at_most(difference: float, limit: float) -> bool:
+    # Losses come with about six digits; 3.1 - 3.0 must not fail a limit of 0.1 by rounding.
+    return round(difference - limit, 6) <= 0

@@ -1,0 +1,1 @@
+"""Memory that does not grow with context length times vocabulary."""

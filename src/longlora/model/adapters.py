@@ -1,0 +1,118 @@
+"""LoRA plus trainable embeddings and norms through PEFT (paper, section 3.3), and the sidecar that belongs to them.
+
+In: a model and `AdapterConfig`. Out: a PEFT model; later an adapter folder with everything that was trained and, in
+``longlora.json``, the RoPE and S2-Attn settings without which it would be read on the wrong base.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from longlora.config import AdapterConfig
+from longlora.errors import ModelError
+
+# Projections of an attention layer in the naming schemes of transformers; fused projections included.
+_ATTENTION_PROJECTIONS = {
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "query_key_value", "Wqkv", "c_attn", "c_proj", "dense",
+}  # fmt: skip
+
+
+def add_adapter(model: PreTrainedModel, settings: AdapterConfig) -> PeftModel:
+    """Freeze `model` and add what is trained, in float32: LoRA, and the chosen embeddings and norms.
+
+    Tied embeddings stay tied. An untied output head stays frozen, as in the paper.
+
+    Raises:
+        ModelError: no linear layer matches `settings.target_modules`.
+    """
+    modules_to_save = []
+    if settings.train_norms:
+        modules_to_save += norm_names(model)
+    tied = _is_tied(model)
+    if settings.train_embeddings:
+        modules_to_save.append(_name_of(model, model.get_input_embeddings()))
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias="none",
+        target_modules=target_modules(model, settings.target_modules),
+        modules_to_save=modules_to_save or None,
+        ensure_weight_tying=tied and settings.train_embeddings,
+    )
+    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of all parameters that are trained, in order; a tied parameter appears once."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str] | str:
+    """`wanted` in PEFT's terms."""
+    if wanted == "all-linear":
+        return "all-linear"
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)}
+    names = sorted(linear & _ATTENTION_PROJECTIONS) if wanted == "attention" else list(wanted)
+    unknown = [name for name in names if not any(name.split(".")[-1] == found for found in linear)]
+    if not names or unknown:
+        raise ModelError(
+            f"adapter.target_modules={wanted!r} matches no linear layer of {type(model).__name__}; "
+            f"it has {', '.join(sorted(linear))}"
+        )
+    return names
+
+
+def norm_names(model: PreTrainedModel) -> list[str]:
+    """Last name parts of all normalisation layers, as PEFT's `modules_to_save` matches them."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    }
+    return sorted(names)
+
+
+def cast_to_compute_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+    """Keep the residual stream in `dtype` although embeddings are trained in float32: half the activation memory."""
+    model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.to(dtype))
+
+
+def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
+    """`model`, built with the RoPE of the adapter's sidecar, with the adapter of `folder` on top, in float32."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
+    except Exception as error:
+        raise ModelError(f"adapter {folder} cannot be loaded ({error}): train again or restore the folder") from error
+
+
+def adapter_facts(model: PeftModel) -> dict[str, Any]:
+    """Numbers for the log: parameters trained and in all."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"trained_parameters": trained, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted).rsplit(".", 1)[-1]

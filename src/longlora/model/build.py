@@ -1,0 +1,103 @@
+"""Building a model from a recipe: config, RoPE and weights in the right order, and the tokenizer.
+
+In: the model and context sections of a recipe. Out: a transformers model in evaluation mode, or its tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from longlora.config import ModelConfig
+from longlora.errors import ModelError
+from longlora.model.rope import assert_rope_applied
+
+
+def load_config(model: ModelConfig) -> PreTrainedConfig:
+    """The model's config; remote code is refused.
+
+    Raises:
+        ModelError: the model is missing, unreadable, or not a causal language model known to transformers.
+    """
+    source = model.name_or_path
+    try:
+        config = AutoConfig.from_pretrained(source, revision=model.revision or "main", trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"model {source!r} cannot be read ({_first_line(error)}): {_remedy(source)}") from error
+    if getattr(config, "auto_map", None):
+        raise ModelError(f"model {source!r} brings its own code (auto_map), which longlora does not run")
+    return config.get_text_config(decoder=True) if config.model_type.endswith("_text") else config
+
+
+def load_model(
+    model: ModelConfig, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Weights of `model` under `config` (its own if None), full attention, evaluation mode, RoPE checked.
+
+    Raises:
+        ModelError: the weights are missing or unreadable, or RoPE is not what the config says.
+    """
+    config = config or load_config(model)
+    try:
+        built = AutoModelForCausalLM.from_pretrained(
+            model.name_or_path,
+            revision=model.revision or "main",
+            config=config,
+            dtype=dtype or getattr(torch, model.dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        remedy = _remedy(model.name_or_path)
+        raise ModelError(f"model {model.name_or_path!r} cannot be built ({_first_line(error)}): {remedy}") from error
+    if getattr(config, "rope_parameters", None):
+        assert_rope_applied(built, config)
+    return built.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: there is none or it cannot be read.
+    """
+    source = model.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=model.revision or "main", trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"tokenizer of {source!r} cannot be read ({_first_line(error)}): {_remedy(source)}") from error
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over everything that decides which ids a text gets."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    # Truncation and padding are call-time settings that a fast tokenizer keeps in the same string.
+    if backend is not None:
+        parsed = json.loads(rules)
+        parsed.pop("truncation", None)
+        parsed.pop("padding", None)
+        rules = json.dumps(parsed, sort_keys=True)
+    return hashlib.sha256(rules.encode()).hexdigest()
+
+
+def device_for_run() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _remedy(source: str) -> str:
+    if Path(source).exists():
+        return "check that the folder holds config.json, *.safetensors and the tokenizer"
+    return "give a local folder, or a hub id that this machine can download"

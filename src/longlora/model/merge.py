@@ -1,0 +1,166 @@
+"""Adapter + base -> an ordinary Hugging Face model, verified, that any inference engine can serve.
+
+Engines such as vLLM and llama.cpp refuse adapters that carry embeddings and norms, so the way to serve is the merge.
+Its ``config.json`` carries the new context and RoPE; nothing of longlora is needed to load it.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from longlora.artifacts import new_folder, verify_manifest
+from longlora.config import ModelConfig
+from longlora.errors import ModelError, RunFolderError
+from longlora.model.adapters import load_adapter
+from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.sidecar import Sidecar, read_sidecar
+
+_PROBE_TOKENS = 128
+# Largest difference of float32 logits, as a part of their spread, that merging by addition may cause.
+_FLOAT32_TOLERANCE = 1e-3
+# Rounding merged weights to 16 bits may cost this part of what training changed, as KL divergence.
+_ROUNDING_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """What was measured on a probe of 128 tokens, in float32 arithmetic. KL divergences in nats per token."""
+
+    adapter_to_merged: float
+    """Largest difference of logits between adapter and merged float32 weights."""
+    merged_to_reloaded: float
+    """Largest difference of logits between the rounded weights in memory and read back; 0 if the files are right."""
+    kl_rounding: float
+    """KL(adapter || reloaded): what rounding to the saved data type costs."""
+    kl_training: float
+    """KL(adapter || base with rescaled RoPE): what training changed; a merge that did nothing would show here."""
+
+
+def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
+    """Merge the adapter folder into `output`, a folder that must not exist, and verify what was written.
+
+    Needs the base model's weights in float32 in memory.
+
+    Raises:
+        ModelError: the merged model does not compute what the adapter does, or the adapter changes nothing.
+        RunFolderError: `output` exists, or the adapter folder is damaged.
+    """
+    sidecar = _verified_sidecar(adapter)
+    if output.exists():
+        raise RunFolderError(f"output folder {output} already exists: name another one or remove it")
+    source = _source(sidecar)
+    tokenizer = load_tokenizer(source)
+    if tokenizer_hash(tokenizer) != sidecar.tokenizer_sha256:
+        raise ModelError(
+            f"the tokenizer of {source.name_or_path} changed since training "
+            f"({tokenizer_hash(tokenizer)[:12]}, was {sidecar.tokenizer_sha256[:12]}): restore the base model"
+        )
+    base = load_model(source, sidecar.apply(load_config(source)), dtype=torch.float32)
+    probe = _probe(base)
+    base_logits = _logits(base, probe)
+    wrapped = load_adapter(base, str(adapter))
+    trained_logits = _logits(wrapped.get_base_model(), probe)
+    merged = _unwrapped(wrapped.merge_and_unload())
+    merged_logits = _logits(merged, probe)
+    _require_close(trained_logits, merged_logits)
+
+    merged = merged.to(getattr(torch, sidecar.dtype))
+    with new_folder(output) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.model_max_length = sidecar.context_length
+        tokenizer.save_pretrained(folder)
+        rounded_logits = _logits(merged.float(), probe)
+        del base, wrapped, merged
+        gc.collect()
+        reloaded = load_model(ModelConfig(name_or_path=str(folder)), dtype=torch.float32)
+        _require_self_describing(reloaded, sidecar)
+        reloaded_logits = _logits(reloaded, probe)
+        check = MergeCheck(
+            adapter_to_merged=_difference(trained_logits, merged_logits),
+            merged_to_reloaded=_difference(rounded_logits, reloaded_logits),
+            kl_rounding=_kl(trained_logits, reloaded_logits),
+            kl_training=_kl(trained_logits, base_logits),
+        )
+        _require_sound(check)
+    return check
+
+
+def merged_model(adapter: Path) -> PreTrainedModel:
+    """The merge in memory, in the data type of the run, full attention, evaluation mode."""
+    sidecar = _verified_sidecar(adapter)
+    source = _source(sidecar)
+    base = load_model(source, sidecar.apply(load_config(source)), dtype=torch.float32)
+    merged = _unwrapped(load_adapter(base, str(adapter)).merge_and_unload())
+    return merged.to(getattr(torch, sidecar.dtype)).eval()
+
+
+def _verified_sidecar(adapter: Path) -> Sidecar:
+    if not adapter.is_dir():
+        raise RunFolderError(f"adapter folder {adapter} does not exist: run `longlora train` first")
+    verify_manifest(adapter, "the adapter folder is damaged; train again or restore it")
+    return read_sidecar(adapter)
+
+
+def _source(sidecar: Sidecar) -> ModelConfig:
+    return ModelConfig(name_or_path=sidecar.base_model, revision=sidecar.base_revision)
+
+
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    if getattr(model, "peft_config", None) is not None:
+        del model.peft_config
+    return model
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=generator)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
+    return model.eval()(input_ids=probe, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def _kl(one: Tensor, other: Tensor) -> float:
+    p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def _require_close(trained: Tensor, merged: Tensor) -> None:
+    limit = _FLOAT32_TOLERANCE * (trained.max() - trained.min()).item()
+    found = _difference(trained, merged)
+    if not found <= limit:
+        raise ModelError(f"merged logits differ from the adapter's by {found:.3g}, limit {limit:.3g}: not written")
+
+
+def _require_self_describing(reloaded: PreTrainedModel, sidecar: Sidecar) -> None:
+    config = reloaded.config
+    if config.max_position_embeddings != sidecar.context_length or config.rope_parameters != sidecar.rope_parameters:
+        raise ModelError(
+            f"the saved config says {config.max_position_embeddings} tokens and {config.rope_parameters}, not "
+            f"{sidecar.context_length} and {sidecar.rope_parameters}: not written"
+        )
+
+
+def _require_sound(check: MergeCheck) -> None:
+    if check.kl_training <= 1e-9:
+        raise ModelError("the adapter does not change the base model's output: nothing was trained; not written")
+    if check.merged_to_reloaded > 1e-4:
+        raise ModelError(f"files read back differ by {check.merged_to_reloaded:.3g} in their logits: not written")
+    limit = max(_ROUNDING_TOLERANCE * check.kl_training, 1e-4)
+    if check.kl_rounding > limit:
+        raise ModelError(
+            f"rounding the merged weights costs KL {check.kl_rounding:.3g}, limit {limit:.3g} (training changed "
+            f"{check.kl_training:.3g}): set model.dtype=float32 and train again"
+        )

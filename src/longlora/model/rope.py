@@ -1,0 +1,147 @@
+"""Rotary position embeddings for a longer context, written into the config before the model is built.
+
+In: a transformers config and the context to reach. Out: a copy of the config with full `rope_parameters`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from longlora.errors import ModelError
+
+_RESCALABLE = ("default", "linear", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeChange:
+    """What was changed: both contexts in tokens, both parameter sets."""
+
+    original_context_length: int
+    context_length: int
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+def rescale_rope(
+    config: PreTrainedConfig, context_length: int, rope_type: str = "auto", original_context_length: int | None = None
+) -> tuple[PreTrainedConfig, RopeChange]:
+    """A copy of `config` whose RoPE covers `context_length` tokens, and what was changed.
+
+    A config that is already rescaled is scaled further: the factors multiply.
+
+    Args:
+        rope_type: ``linear`` divides all frequencies by the factor (position interpolation, Chen et al. 2023; the
+            LongLoRA paper's choice); ``yarn`` divides low frequencies only and sharpens attention (Peng et al. 2023);
+            ``theta`` raises the base to theta * factor^(D / (D - 2)) (NTK-aware scaling); ``auto`` keeps a native
+            llama3 or yarn scaling and otherwise takes yarn.
+        original_context_length: tokens the model handles now, where the config does not say it unambiguously.
+
+    Raises:
+        ModelError: the model has no RoPE or one that cannot be scaled further, or the context is not longer.
+    """
+    before = rope_parameters(config)
+    native_type = before.get("rope_type", "default")
+    if native_type not in _RESCALABLE:
+        raise ModelError(f"rope_type {native_type!r} of the model cannot be rescaled; known: {', '.join(_RESCALABLE)}")
+    original = original_context_length or _current_context(config, before)
+    if context_length <= original:
+        raise ModelError(
+            f"context.context_length={context_length} is not longer than the model's {original} tokens; "
+            "raise context.context_length"
+        )
+    if rope_type == "auto":
+        rope_type = native_type if native_type in ("llama3", "yarn") else "yarn"
+    if native_type not in ("default", rope_type):
+        raise ModelError(
+            f"context.rope_type={rope_type}: the model already uses {native_type}; scale it further with "
+            f"context.rope_type={'auto' if native_type in ('llama3', 'yarn') else native_type}"
+        )
+    after = _scaled(config, before, rope_type, context_length, original)
+    extended = copy.deepcopy(config)
+    extended.rope_parameters = _replace_global(config.rope_parameters, after)
+    extended.max_position_embeddings = context_length
+    return extended, RopeChange(original, context_length, before, after)
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """RoPE of the full-attention layers; `ModelError` for a model without RoPE."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        raise ModelError(f"model type {config.model_type!r} has no rotary position embeddings to rescale")
+    # Models that mix windows keep one set per layer type; only full-attention layers see the longer context.
+    if "full_attention" in parameters:
+        parameters = parameters["full_attention"]
+    return dict(parameters)
+
+
+def assert_rope_applied(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` unless the frequencies in use are those of `config` (a later change of it has no effect)."""
+    expected, scaling = expected_frequencies(config)
+    for name, module in model.named_modules():
+        inv_freq = getattr(module, "inv_freq", None)
+        if isinstance(inv_freq, torch.Tensor) and inv_freq.shape == expected.shape:
+            applied = inv_freq.detach().float().cpu()
+            if torch.allclose(applied, expected, rtol=1e-5, atol=0) and module.attention_scaling == scaling:
+                return
+            raise ModelError(
+                f"{name}.inv_freq does not follow the config's rope_parameters: "
+                "set them before the model is built (longlora.model.build does)"
+            )
+    raise ModelError(f"{type(model).__name__} has no rotary frequencies of {expected.numel()} values to check")
+
+
+def expected_frequencies(config: PreTrainedConfig) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [D/2] in float32 and the attention factor that `config` asks for."""
+    parameters = rope_parameters(config)
+    kind = parameters.get("rope_type", "default")
+    if kind != "default":
+        flat = copy.deepcopy(config)
+        flat.rope_parameters = parameters
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](flat, torch.device("cpu"))
+        return inv_freq.float(), float(scaling)
+    width = _rotary_width(config, parameters)
+    return 1.0 / parameters["rope_theta"] ** (torch.arange(0, width, 2).float() / width), 1.0
+
+
+def _scaled(
+    config: PreTrainedConfig, before: dict[str, Any], rope_type: str, context_length: int, original: int
+) -> dict[str, Any]:
+    ratio = context_length / original
+    if rope_type == "theta":
+        width = _rotary_width(config, before)
+        return {**before, "rope_type": "default", "rope_theta": before["rope_theta"] * ratio ** (width / (width - 2))}
+    pretrained = before.get("original_max_position_embeddings") or math.ceil(original / before.get("factor", 1.0))
+    return {
+        **before,
+        "rope_type": rope_type,
+        "factor": before.get("factor", 1.0) * ratio,
+        "original_max_position_embeddings": pretrained,
+    }
+
+
+def _current_context(config: PreTrainedConfig, before: dict[str, Any]) -> int:
+    context = int(config.max_position_embeddings)
+    # The linear scaling of older models comes with either the old or the new length in the config.
+    if before.get("rope_type") == "linear" and not before.get("original_max_position_embeddings"):
+        raise ModelError(
+            f"the model's RoPE is already scaled by {before['factor']} and its config ({context} tokens) does not say "
+            "whether that is included; set model.original_context_length to the tokens it handles now"
+        )
+    return context
+
+
+def _rotary_width(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def _replace_global(parameters: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    return {**parameters, "full_attention": after} if "full_attention" in parameters else after

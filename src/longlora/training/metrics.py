@@ -1,0 +1,115 @@
+"""What a run says while it trains: one row per logged step in ``metrics.jsonl``, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora.artifacts import write_atomic
+
+
+class MetricsCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes rows and shows progress. Columns: step, loss (nats per token), grad_norm, learning_rate, tokens (seen so
+    far), tokens_per_second and seconds (since this process began to train)."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path = path
+        self._console = console
+        self._progress: Progress | None = None
+        self._began = self._first_tokens = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began, self._first_tokens = time.monotonic(), float(state.num_input_tokens_seen)
+        _keep_rows_until(self._path, state.global_step)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, status="")
+            self._progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        seconds = time.monotonic() - self._began
+        tokens = int(state.num_input_tokens_seen)
+        row = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "grad_norm": float(logs.get("grad_norm", math.nan)),
+            "learning_rate": logs["learning_rate"],
+            "tokens": tokens,
+            "tokens_per_second": (tokens - self._first_tokens) / seconds,
+            "seconds": seconds,
+        }
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        status = f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step, status=status)
+        else:
+            left = seconds / state.global_step * (state.max_steps - state.global_step) if state.global_step else 0.0
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps}  {status}  grad norm {row['grad_norm']:.3f}  "
+                f"lr {row['learning_rate']:.2e}  elapsed {_clock(seconds)}  left {_clock(left)}",
+                highlight=False,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _keep_rows_until(path: Path, step: int) -> None:
+    """Drop rows that a resumed run will write again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= step]
+    write_atomic(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while it wrote
+        return math.inf
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,208 @@
+"""The training run: a thin `transformers.Trainer` around a PEFT model with shifted sparse attention.
+
+What is not the library's: the loss in chunks, saving the adapter alone (no pickle of arguments), a manifest that makes
+a checkpoint count, and stopping at the first loss that is not a number.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from longlora.artifacts import RunFolder, new_folder, write_manifest
+from longlora.attention.registry import use_full, use_s2
+from longlora.config import Recipe, TrainConfig
+from longlora.data.packing import PackedDataset, collate
+from longlora.data.shards import open_shard
+from longlora.errors import ModelError, RunFolderError
+from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss
+from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
+from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.head import hidden_states, output_head
+from longlora.model.rope import rescale_rope
+from longlora.model.sidecar import Sidecar, write_sidecar
+from longlora.training.checkpoint import complete_checkpoint, newest_checkpoint
+from longlora.training.metrics import MetricsCallback
+
+
+def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
+    """Train the adapter of `recipe` and return its folder.
+
+    Needs the token shards of `longlora prepare`. With `resume`, goes on from the newest whole checkpoint.
+
+    Raises:
+        LongLoraError: the run folder is in use, or something that the run needs is missing or does not fit.
+    """
+    run = RunFolder(recipe.run_path)
+    if resume:
+        checkpoint, passed_over = newest_checkpoint(run.checkpoints)
+        for line in passed_over:
+            console.print(f"passed over: {line}", highlight=False)
+        if run.adapter.exists():
+            raise RunFolderError(f"{run.adapter} exists: the run is finished; merge or evaluate it")
+    else:
+        run.require_unused()
+        checkpoint = None
+    set_seed(recipe.train.seed)
+    config, change = rescale_rope(
+        load_config(recipe.model),
+        recipe.context.context_length,
+        recipe.context.rope_type,
+        recipe.model.original_context_length,
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    shard = open_shard(run.train_shard, tokenizer_hash(tokenizer))
+    dataset = PackedDataset(shard, recipe.context.context_length, min_length=change.original_context_length)
+
+    device = device_for_run()
+    base = load_model(recipe.model, config).to(device)
+    model = add_adapter(base, recipe.adapter)
+    compute_dtype = getattr(torch, recipe.model.dtype)
+    cast_to_compute_dtype(model, compute_dtype)
+    sidecar = Sidecar.of(recipe, change, config, tokenizer_hash(tokenizer))
+    if recipe.attention.pattern == "s2":
+        group_size = recipe.attention.resolve_group_size(recipe.context.context_length)
+        use_s2(model, group_size=group_size, sink_tokens=recipe.attention.sink_tokens)
+    if recipe.train.activation_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    metrics = MetricsCallback(run.metrics, console)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    trainer = LongContextTrainer(
+        model=_LossModel(model, recipe.train.loss_chunk_tokens),
+        args=_arguments(recipe.train, run.checkpoints, compute_dtype, device),
+        train_dataset=dataset,
+        data_collator=partial(collate, pad_token_id=pad),
+        callbacks=[metrics],
+    )
+    # The library prints the logs once more where there is no progress bar of its own.
+    trainer.remove_callback(_printer())
+    trainer.checkpoints_kept = recipe.train.save_total_limit
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        metrics.close()
+    use_full(model)
+    with new_folder(run.adapter) as folder:
+        save_adapter(model, folder)
+        write_sidecar(folder, sidecar)
+        write_manifest(folder, schema=1, step=trainer.state.global_step)
+    return run.adapter
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save everything that was trained as one safetensors file, and check that nothing is missing in it.
+
+    Raises:
+        ModelError: a trained parameter did not reach the file.
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    saved = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if saved < trained:
+        raise ModelError(
+            f"{folder}/adapter_model.safetensors holds {saved} of {trained} trained values "
+            f"({len(trainable_names(model))} tensors): this is a bug of longlora, please report it"
+        )
+
+
+class LongContextTrainer(Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with our loss model and our rules for checkpoints."""
+
+    checkpoints_kept = 2
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"loss is {loss.item()} in step {self.state.global_step + 1}: lower train.learning_rate "
+                f"(now {self.args.learning_rate:g}) and resume; nothing was saved from this step"
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        os.makedirs(output_dir, exist_ok=True)  # type: ignore[arg-type]
+        save_adapter(self.accelerator.unwrap_model(self.model).peft_model, Path(output_dir))  # type: ignore[arg-type]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            complete_checkpoint(folder, keep=self.checkpoints_kept)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        peft_model = self.accelerator.unwrap_model(model or self.model).peft_model
+        weights = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(peft_model, weights)
+        if result.unexpected_keys:
+            raise RunFolderError(f"{resume_from_checkpoint} does not fit the recipe: {result.unexpected_keys[:3]}")
+
+
+class _LossModel(nn.Module):
+    """Token ids -> mean loss, through the decoder and the chunked loss: what Trainer (and DDP) sees as the model."""
+
+    def __init__(self, peft_model: PeftModel, chunk_tokens: int) -> None:
+        super().__init__()
+        self.peft_model = peft_model
+        self._chunk_tokens = chunk_tokens
+        # In a tuple, so that the head's parameters are not registered a second time.
+        self._head = (output_head(peft_model.get_base_model()),)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        hidden_BTC = hidden_states(self.peft_model.get_base_model(), input_ids, position_ids)
+        # The label of a position is the token after it; a document's first token has none (see data/packing.py).
+        labels_BT = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        total = chunked_loss(hidden_BTC.flatten(0, 1), labels_BT.flatten(), self._head[0], self._chunk_tokens)
+        count = num_items_in_batch if num_items_in_batch is not None else (labels_BT != IGNORE_INDEX).sum()
+        return {"loss": total / count}
+
+
+def _arguments(train: TrainConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=train.grad_accum_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        max_grad_norm=train.max_grad_norm,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_steps=train.logging_steps,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        save_steps=train.save_steps,
+        save_total_limit=None,  # complete_checkpoint removes old ones, and only after the new one is whole
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _printer() -> type:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback  # type: ignore[no-any-return]

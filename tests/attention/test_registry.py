@@ -1,0 +1,185 @@
+"""The seam to transformers: what a user of `use_s2` relies on, through a whole model."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import longlora
+from longlora.attention.check import check_model
+from longlora.attention.registry import is_sparse
+from longlora.errors import LongLoraError
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).logits
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(128, (2, 21), generator=torch.Generator().manual_seed(1))
+
+
+def test_check_passes_on_a_good_model(tiny_llama: LlamaForCausalLM) -> None:
+    results = list(check_model(tiny_llama))
+    assert len(results) == 7
+    assert all(result.passed for result in results), results
+
+
+def test_check_finds_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-check must fail when attention is the paper's rolled form."""
+    from longlora.attention import registry
+    from longlora.attention.rolled import rolled_attention
+
+    def leaky(q, k, v, bounds, pattern, scaling, dropout):  # noqa: ANN001, ANN202
+        extra = -q.shape[2] % pattern.group_size
+        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (q, k, v))
+        return rolled_attention(q, k, v, pattern.group_size, scaling)[:, : q.shape[2] - extra]
+
+    monkeypatch.setattr(registry, "grouped_attention", leaky)
+    failed = {result.name for result in check_model(tiny_llama) if not result.passed}
+    assert "no token sees a later one" in failed
+    assert "packed documents do not see each other" in failed
+
+
+def test_check_finds_a_switch_that_does_nothing(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longlora.attention import registry
+
+    def full(q, k, v, bounds, pattern, scaling, dropout):  # noqa: ANN001, ANN202
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+
+    monkeypatch.setattr(registry, "grouped_attention", full)
+    failed = {result.name for result in check_model(tiny_llama) if not result.passed}
+    assert "sparse attention is in effect" in failed
+
+
+def test_sparse_in_training_and_full_in_evaluation(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    full = logits(tiny_llama, ids)
+    longlora.use_s2(tiny_llama, group_size=8, sink_tokens=0)
+    torch.testing.assert_close(logits(tiny_llama.eval(), ids), full)
+    assert not is_sparse(tiny_llama)
+    sparse = logits(tiny_llama.train(), ids)
+    assert is_sparse(tiny_llama)
+    torch.testing.assert_close(sparse[:, :4], full[:, :4])
+    assert (sparse[:, 12:] - full[:, 12:]).abs().max() > 1e-2
+    longlora.use_full(tiny_llama)
+    torch.testing.assert_close(logits(tiny_llama, ids), full)
+
+
+def test_generation_is_full_attention(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    expected = tiny_llama.generate(ids, max_new_tokens=6, do_sample=False)
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
+    assert torch.equal(tiny_llama.generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+def test_packed_documents_are_isolated_whatever_the_cache_setting(
+    tiny_llama: LlamaForCausalLM, ids: torch.Tensor, use_cache: bool | None
+) -> None:
+    """transformers forgets packing when it fills a KV cache, which is its default."""
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=2)
+    tiny_llama.train()
+    packed = ids.reshape(1, -1)
+    positions = torch.arange(21).repeat(2)[None]
+    together = logits(tiny_llama, packed, position_ids=positions, use_cache=use_cache)
+    alone = logits(tiny_llama, ids)
+    torch.testing.assert_close(together.reshape(2, 21, -1), alone)
+
+
+def test_two_models_keep_their_own_settings(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    other = copy.deepcopy(tiny_llama)
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
+    longlora.use_s2(other, group_size=8, sink_tokens=0)
+    expected = [logits(model.train(), ids) for model in (tiny_llama, other)]
+    assert not torch.allclose(*expected)
+    torch.testing.assert_close(logits(tiny_llama, ids), expected[0])
+    copied = copy.deepcopy(tiny_llama)
+    longlora.use_full(tiny_llama)
+    torch.testing.assert_close(logits(copied, ids), expected[0])
+
+
+def test_survives_set_attn_implementation_peft_and_checkpointing(
+    tiny_llama: LlamaForCausalLM, ids: torch.Tensor
+) -> None:
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=1)
+    sparse = logits(tiny_llama.train(), ids)
+    tiny_llama.set_attn_implementation("sdpa")
+    assert not torch.allclose(logits(tiny_llama, ids), sparse)
+    tiny_llama.set_attn_implementation("s2_attn")
+    torch.testing.assert_close(logits(tiny_llama, ids), sparse)
+    loss = tiny_llama(input_ids=ids, labels=ids).loss
+    plain = torch.autograd.grad(loss, tiny_llama.model.layers[0].self_attn.q_proj.weight)[0]
+    tiny_llama.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = tiny_llama(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, tiny_llama.model.layers[0].self_attn.q_proj.weight)[0], plain
+    )
+    wrapped = get_peft_model(tiny_llama, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    torch.testing.assert_close(logits(wrapped.train(), ids), sparse)
+    longlora.use_full(wrapped)
+    assert not torch.allclose(logits(wrapped, ids), sparse)
+
+
+def test_use_s2_on_a_peft_model(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    wrapped = get_peft_model(tiny_llama, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    full = logits(wrapped.train(), ids)
+    longlora.use_s2(wrapped, group_size=4, sink_tokens=1)
+    assert not torch.allclose(logits(wrapped, ids), full)
+
+
+def test_sliding_window_layers_keep_their_window(ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=6, initializer_range=0.2,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).train()
+    own = logits(model, ids)
+    longlora.use_s2(model, group_size=4, sink_tokens=1)
+    torch.testing.assert_close(logits(model, ids), own)
+
+
+def test_wraparound_mode_leaks_and_says_what_it_needs(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    longlora.use_s2(tiny_llama, group_size=8, sink_tokens=0, wraparound=True)
+    assert "LEAKS" in (longlora.use_s2.__doc__ or "")
+    tiny_llama.train()
+    ids = ids[:, :16]
+    before = logits(tiny_llama, ids)
+    changed = ids.clone()
+    changed[:, 15] = (changed[:, 15] + 1) % 128
+    assert (logits(tiny_llama, changed)[:, :4] - before[:, :4]).abs().max() > 1e-3
+    with pytest.raises(LongLoraError, match="multiple of group_size"):
+        logits(tiny_llama, ids[:, :13])
+    with pytest.raises(LongLoraError, match="sink_tokens=3"):
+        longlora.use_s2(tiny_llama, group_size=8, sink_tokens=3, wraparound=True)
+
+
+def test_left_padding_and_caches_are_refused_in_training(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=1)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(LongLoraError, match="pads on the right"):
+        logits(tiny_llama.train(), ids, attention_mask=mask)
+    cache = tiny_llama.eval()(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(LongLoraError, match="no KV cache"):
+        logits(tiny_llama.train(), ids, past_key_values=cache)
+
+
+def test_a_model_without_attention_interface_is_refused() -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(LongLoraError, match="'bloom' does not dispatch"):
+        longlora.use_s2(model, group_size=8)
+    with pytest.raises(LongLoraError, match="not a transformers model"):
+        longlora.use_s2(torch.nn.Linear(2, 2), group_size=8)
+
+
+def test_forgetting_use_s2_is_an_error_and_not_full_attention(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    longlora.use_s2(copy.deepcopy(tiny_llama), group_size=8)
+    tiny_llama.set_attn_implementation("s2_attn")
+    with pytest.raises(LongLoraError, match="call longlora.use_s2"):
+        logits(tiny_llama.train(), ids)

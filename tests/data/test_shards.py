@@ -1,0 +1,323 @@
+"""What is written is what is read back; a damaged or foreign shard is refused; a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from longlora.artifacts import MANIFEST, OFFSETS, TOKENS, write_manifest
+from longlora.data.documents import Document, ReadReport, read_documents
+from longlora.data.shards import TokenShard, open_shard, write_shard
+from longlora.errors import DataError, RunFolderError
+
+BOS_ID, EOS_ID = 0, 1
+
+
+def write(
+    folder: Path,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    add_special_tokens: bool = True,
+    min_document_tokens: int = 0,
+    report: ReadReport | None = None,
+    replace: bool = False,
+) -> TokenShard:
+    return write_shard(
+        folder,
+        [Document(str(number), text) for number, text in enumerate(texts)],
+        tokenizer,
+        tokenizer_hash="abc",
+        add_special_tokens=add_special_tokens,
+        min_document_tokens=min_document_tokens,
+        report=report or ReadReport(),
+        replace=replace,
+    )
+
+
+def manifest_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+class TestRoundTrip:
+    @settings(max_examples=25, deadline=None)
+    @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=8))
+    def test_documents_come_back(
+        self, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+    ) -> None:
+        texts = [text.replace("<s>", "").replace("</s>", "") or "x" for text in texts]
+        folder = tmp_path_factory.mktemp("round") / "shard"
+        shard = write(folder, texts, tokenizer)
+        assert [tokenizer.decode(shard.document(i)[1:]) for i in range(len(shard))] == texts
+        assert [list(shard.document(i)) for i in range(len(shard))] == [tokenizer(text).input_ids for text in texts]
+        assert shard.lengths.sum() == len(shard.tokens)
+
+    def test_what_is_on_disk(self, written: TokenShard) -> None:
+        folder = written.folder
+        assert sorted(path.name for path in folder.iterdir()) == sorted([TOKENS, OFFSETS, MANIFEST])
+        assert (written.tokens.dtype, written.offsets.dtype) == (np.dtype("<i4"), np.dtype("<i8"))
+        assert (folder / TOKENS).stat().st_size == 4 * len(written.tokens)
+        manifest = manifest_of(folder)
+        nothing = {"count": 0, "names": []}
+        assert {key: value for key, value in manifest.items() if key != "files"} == {
+            "schema": 1,
+            "tokenizer_hash": "abc",
+            "documents": 3,
+            "tokens": len(written.tokens),
+            "longest_document": int(written.lengths.max()),
+            "names": ["line0", "line1", "line2"],
+            "too_short": nothing,
+            "empty": nothing,
+            "undecodable": nothing,
+        }
+
+    def test_shard(self, written: TokenShard) -> None:
+        assert (len(written), written.names, written.tokenizer_hash) == (3, ("line0", "line1", "line2"), "abc")
+        assert np.shares_memory(written.document(1), written.tokens)
+        assert not written.document(1).flags.writeable
+        assert [len(written.document(i)) for i in range(3)] == written.lengths.tolist()
+        for outside in (3, -1):
+            with pytest.raises(IndexError):
+                written.document(outside)
+
+    def test_any_tokenizer_is_accepted_on_request(self, written: TokenShard) -> None:
+        assert np.array_equal(open_shard(written.folder, None).tokens, written.tokens)
+
+    def test_batches_of_documents_do_not_change_tokens(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        texts = ["the sea " * count for count in (1, 30, 2, 50, 3)]
+        one = write(tmp_path / "one", texts, tokenizer)
+        monkeypatch.setattr("longlora.data.shards._BATCH_CHARACTERS", 100)
+        several = write(tmp_path / "several", texts, tokenizer)
+        assert np.array_equal(one.tokens, several.tokens)
+        assert np.array_equal(one.offsets, several.offsets)
+
+    def test_long_documents_give_no_warning(
+        self, tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fresh = make_tokenizer()  # the library warns once for each tokenizer
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        try:
+            shard = write(tmp_path / "shard", ["the sea was calm " * 100], fresh)
+        finally:
+            logging.getLogger("transformers").removeHandler(caplog.handler)
+        assert shard.lengths[0] > fresh.model_max_length
+        assert not caplog.records
+
+    def test_truncation_and_padding_of_the_tokenizer_are_not_used(
+        self, tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+    ) -> None:
+        careless = make_tokenizer()
+        careless.backend_tokenizer.enable_truncation(4)
+        careless.backend_tokenizer.enable_padding(length=64)
+        texts = ["the sea was calm and slow", "brot"]
+        shard = write(tmp_path / "shard", texts, careless)
+        assert [careless.decode(shard.document(i)[1:]) for i in range(2)] == texts
+
+
+class TestSpecialTokens:
+    @pytest.mark.parametrize(
+        ("template", "before", "after"),
+        [
+            ("$A", [], []),
+            ("<s> $A", [BOS_ID], []),
+            ("$A </s>", [], [EOS_ID]),
+            ("<s> $A </s>", [BOS_ID], [EOS_ID]),
+        ],
+    )
+    def test_only_what_the_tokenizer_adds_itself(
+        self,
+        tmp_path: Path,
+        make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+        template: str,
+        before: list[int],
+        after: list[int],
+    ) -> None:
+        tokenizer = make_tokenizer(template)
+        text = tokenizer("the sea", add_special_tokens=False).input_ids
+        assert write(tmp_path / "with", ["the sea"], tokenizer).document(0).tolist() == before + text + after
+        without = write(tmp_path / "without", ["the sea"], tokenizer, add_special_tokens=False)
+        assert without.document(0).tolist() == text
+
+    def test_tokenizer_without_special_tokens(
+        self, tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+    ) -> None:
+        bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer("$A").backend_tokenizer)
+        assert bare.bos_token_id is None
+        assert write(tmp_path / "shard", ["sea"], bare).document(0).tolist() == bare("sea").input_ids
+
+
+class TestLeftOut:
+    def test_too_short_documents_are_named(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        texts = ["sea", "the sea was calm and the ship was slow", "x"]
+        limit = len(tokenizer(texts[1]).input_ids)
+        report = ReadReport()
+        shard = write(tmp_path / "shard", texts, tokenizer, min_document_tokens=limit, report=report)
+        assert shard.names == ("1",)
+        assert report.too_short == ["0", "2"]
+        assert manifest_of(shard.folder)["too_short"] == {"count": 2, "names": ["0", "2"]}
+
+    def test_documents_without_tokens_are_empty(
+        self, tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+    ) -> None:
+        report = ReadReport()
+        shard = write(tmp_path / "shard", ["###", "sea", "#"], make_tokenizer(strip=True), report=report)
+        assert (shard.names, report.empty) == (("1",), ["0", "2"])
+
+    def test_what_reading_left_out_is_in_the_manifest(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        (tmp_path / "a.txt").write_text("the sea")
+        (tmp_path / "b.txt").write_text(" ")
+        (tmp_path / "c.txt").write_bytes(b"\xff")
+        report = ReadReport()
+        documents = read_documents([str(tmp_path)], "text", report)
+        shard = write_shard(
+            tmp_path / "shard", documents, tokenizer, tokenizer_hash="abc", add_special_tokens=True, report=report
+        )
+        manifest = manifest_of(shard.folder)
+        assert shard.names == ("a",)
+        assert manifest["empty"] == {"count": 1, "names": ["b"]}
+        assert manifest["undecodable"] == {"count": 1, "names": ["c"]}
+
+    def test_nothing_left(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        report = ReadReport(empty=["a", "b"], undecodable=["c"])
+        with pytest.raises(DataError) as caught:
+            write(tmp_path / "shard", ["sea"], tokenizer, min_document_tokens=50, report=report)
+        for part in (
+            "2 empty",
+            "1 not UTF-8",
+            "1 shorter than min_document_tokens=50",
+            "lower data.min_document_tokens",
+        ):
+            assert part in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+
+class TestNothingHalfWritten:
+    @pytest.mark.parametrize("failure", [RuntimeError("boom"), KeyboardInterrupt(), DataError("bad line")], ids=repr)
+    def test_failure_in_the_middle(
+        self,
+        tmp_path: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        monkeypatch: pytest.MonkeyPatch,
+        failure: BaseException,
+    ) -> None:
+        def documents() -> Iterator[Document]:
+            yield Document("one", "the sea")
+            assert any(tmp_path.iterdir()), "writing has begun"
+            raise failure
+
+        monkeypatch.setattr("longlora.data.shards._BATCH_CHARACTERS", 1)
+        with pytest.raises(type(failure)):
+            write_shard(
+                tmp_path / "shard",
+                documents(),
+                tokenizer,
+                tokenizer_hash="abc",
+                add_special_tokens=True,
+                report=ReadReport(),
+            )
+        assert not list(tmp_path.iterdir())
+
+    def test_full_disk_names_the_remedy(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("longlora.data.shards.write_manifest", refuse)
+        with pytest.raises(DataError, match=r"shard cannot be written .*No space left.*free the disk"):
+            write(tmp_path / "shard", ["sea"], tokenizer)
+        assert not list(tmp_path.iterdir())
+
+    def test_existing_shard_is_kept_unless_replaced(
+        self, written: TokenShard, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        before = written.tokens.tolist()
+        with pytest.raises(RunFolderError, match="already exists"):
+            write(written.folder, ["sea"], tokenizer)
+        with pytest.raises(DataError, match="no document is left"):
+            write(written.folder, [], tokenizer, replace=True)
+        assert open_shard(written.folder, "abc").tokens.tolist() == before
+        assert write(written.folder, ["sea"], tokenizer, replace=True).names == ("0",)
+        assert len(open_shard(written.folder, "abc")) == 1
+
+
+class TestDamage:
+    @pytest.mark.parametrize("name", [TOKENS, OFFSETS])
+    def test_flipped_bit(self, written: TokenShard, name: str) -> None:
+        path = written.folder / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name} does not match its sha256: run `longlora prepare` again"):
+            open_shard(written.folder, "abc")
+
+    @pytest.mark.parametrize("name", [TOKENS, OFFSETS])
+    def test_truncated_file(self, written: TokenShard, name: str) -> None:
+        path = written.folder / name
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(
+            DataError, match=rf"{name} has \d+ bytes, its manifest says \d+: run `longlora prepare` again"
+        ):
+            open_shard(written.folder, "abc")
+
+    @pytest.mark.parametrize("name", [TOKENS, OFFSETS, MANIFEST])
+    def test_missing_file(self, written: TokenShard, name: str) -> None:
+        (written.folder / name).unlink()
+        with pytest.raises(DataError, match=rf"{name} (is missing|does not exist): run `longlora prepare` again"):
+            open_shard(written.folder, "abc")
+
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="does not exist: run `longlora prepare` again"):
+            open_shard(tmp_path / "nothing", "abc")
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", "7", '{"files": 3}', '{"files": {"tokens.bin": {}}}'])
+    def test_foreign_manifest(self, written: TokenShard, content: str) -> None:
+        (written.folder / MANIFEST).write_text(content)
+        with pytest.raises(DataError, match="run `longlora prepare` again"):
+            open_shard(written.folder, "abc")
+
+    def test_manifest_that_names_no_files(self, written: TokenShard) -> None:
+        manifest = manifest_of(written.folder) | {"files": {}}
+        (written.folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=r"tokens\.bin has 0 bytes.*run `longlora prepare` again"):
+            open_shard(written.folder, "abc")
+
+    @pytest.mark.parametrize(
+        ("offsets", "names", "message"),
+        [
+            ([0, 2, 4], ["a"], "1 documents need 2 offsets, there are 3"),
+            ([1, 2, 4], ["a", "b"], "do not increase from 0"),
+            ([0, 3, 2], ["a", "b"], "do not increase from 0"),
+            ([0, 2, 2, 4], ["a", "b", "c"], "do not increase from 0"),
+            ([0, 2, 3], ["a", "b"], "last offset is 3, there are 4 tokens"),
+            ([0, 2, 5], ["a", "b"], "last offset is 5, there are 4 tokens"),
+            ([0, 2, 4], None, "no list of document names"),
+        ],
+    )
+    def test_files_that_disagree(self, tmp_path: Path, offsets: list[int], names: object, message: str) -> None:
+        np.arange(4, dtype="<i4").tofile(tmp_path / TOKENS)
+        np.array(offsets, dtype="<i8").tofile(tmp_path / OFFSETS)
+        write_manifest(tmp_path, schema=1, tokenizer_hash="abc", names=names)
+        with pytest.raises(DataError, match=rf"{message}.*: run `longlora prepare` again"):
+            open_shard(tmp_path, "abc")
+
+    def test_unknown_schema(self, tmp_path: Path) -> None:
+        write_manifest(tmp_path, schema=2, tokenizer_hash="abc")
+        with pytest.raises(DataError, match="schema 2, this version reads 1"):
+            open_shard(tmp_path, "abc")
+
+    def test_another_tokenizer(self, written: TokenShard) -> None:
+        with pytest.raises(
+            DataError, match="prepared with tokenizer abc, the model has xyz: run `longlora prepare` again"
+        ):
+            open_shard(written.folder, "xyz")
