@@ -166,7 +166,7 @@ class TestPackedDataset:
 
 class TestCollate:
     def test_unequal_rows_as_drawn_in_the_docstring(self, shard_of: ShardOf) -> None:
-        long, short = list(PackedDataset(shard_of([3, 3]), 6))[0], list(PackedDataset(shard_of([4]), 6))[0]
+        long, short = PackedDataset(shard_of([3, 3]), 6)[0], PackedDataset(shard_of([4]), 6)[0]
         batch = collate([long, short], pad_token_id=99)
         ignored = IGNORE_INDEX
         assert set(batch) == {"input_ids", "position_ids", "labels"}
@@ -193,7 +193,8 @@ class TestCollate:
         sequences = dataset.sequences[:batch_size]
         positions = collate([dataset[i] for i in range(len(sequences))], pad_token_id=0)["position_ids"]
         found = find_packed_sequence_indices(positions)
-        assert found is not None
+        if found is None:  # how transformers says that every row is one document
+            found = torch.zeros_like(positions)
         for ids, sequence in zip(found, sequences, strict=True):
             lengths_with_padding = [span.length for span in sequence.spans]
             if sequence.length < positions.shape[1]:

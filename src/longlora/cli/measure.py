@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from longlora.artifacts import RunFolder
 from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
@@ -29,5 +32,21 @@ def report(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
 
 def write_and_print(run: RunFolder, out: Console) -> None:
-    """The report files, and the same table on the terminal."""
-    raise NotImplementedError
+    """The report files, and their main table and verdict on the terminal."""
+    from longlora.evaluation.report import write_report
+
+    summary = write_report(run)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(summary.table.columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in summary.table.strings():
+        table.add_row(*(escape(text) for text in row))
+    out.print(table)
+    for verdict in summary.verdicts:
+        colour = {"PASS": "green", "FAIL": "red"}.get(verdict.status, "yellow")
+        out.print(
+            f"[{colour}]{verdict.status}[/{colour}] {escape(verdict.claim)}: {escape("; ".join(verdict.numbers))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    out.print(f"report: {run.report_html}", highlight=False, soft_wrap=True)

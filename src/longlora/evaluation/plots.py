@@ -82,24 +82,25 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def _curve(rows: Sequence[PositionRow]) -> tuple[list[float], list[float]]:
-    buckets = sorted({(row.start, row.stop) for row in rows})
-    losses = []
-    for bucket in buckets:
-        inside = [row for row in rows if (row.start, row.stop) == bucket]
-        losses.append(token_weighted_mean([row.loss for row in inside], [row.tokens for row in inside]))
-    return [(start + stop) / 2 for start, stop in buckets], losses
+    ranges: dict[int, list[PositionRow]] = {}
+    for row in sorted(rows, key=lambda row: row.start):
+        ranges.setdefault(row.start, []).append(row)
+    middles = [(start + max(row.stop for row in inside)) / 2 for start, inside in ranges.items()]
+    means = [token_weighted_mean([row.loss for row in i], [row.tokens for row in i]) for i in ranges.values()]
+    return middles, means
 
 
 def _position_axis(axes: Axes, rows: Sequence[PositionRow]) -> None:
-    """Logarithmic where the buckets grow with position, linear otherwise; ticks at powers of two of the end."""
+    """Logarithmic where the ranges grow with position, linear otherwise; ticks at binary parts of the end."""
     end = max(row.stop for row in rows)
-    widths = [row.stop - row.start for row in rows]
-    if max(widths) > 4 * min(width for row, width in zip(rows, widths, strict=True) if row.stop < end or width == end):
+    first = min(rows, key=lambda row: row.start)
+    if max(row.stop - row.start for row in rows) > 4 * (first.stop - first.start):
         axes.set_xscale("log", base=2)
-        ticks = [end >> shift for shift in range(6, -1, -1)]
+        axes.set_xlim(right=end * 1.05)
+        _ticks(axes, [end >> shift for shift in range(6, -1, -1)])
     else:
-        ticks = sorted({end * part // 4 for part in range(5)})
-    _ticks(axes, ticks)
+        axes.set_xlim(0, end * 1.01)
+        _ticks(axes, [end * part // 4 for part in range(5)])
 
 
 def passkey_heatmap(evaluations: Mapping[str, Evaluation], variant: str, name: str | None = None) -> str | None:

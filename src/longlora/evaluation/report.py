@@ -136,7 +136,8 @@ def _protocol(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
             "a whole, whatever was answered.",
             *hidden_note,
             "Intervals are 95 %: Wilson for correct answers, Student t for means and for paired differences. They "
-            "take keys and documents as independent and are not corrected for looking at several lengths.",
+            "take keys and documents as independent, count each document once, and are not corrected for looking at "
+            "several lengths.",
         ]
     return tuple(lines)
 

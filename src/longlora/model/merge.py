@@ -70,12 +70,13 @@ def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
     merged_logits = _logits(merged, probe)
     _require_close(trained_logits, merged_logits)
 
-    merged = merged.to(getattr(torch, sidecar.dtype))
+    _round_weights(merged, getattr(torch, sidecar.dtype))
     with new_folder(output) as folder:
         merged.save_pretrained(folder)
         tokenizer.model_max_length = sidecar.context_length
         tokenizer.save_pretrained(folder)
-        rounded_logits = _logits(merged.float(), probe)
+        _round_weights(merged, torch.float32)
+        rounded_logits = _logits(merged, probe)
         del base, wrapped, merged
         gc.collect()
         reloaded = load_model(ModelConfig(name_or_path=str(folder)), dtype=torch.float32)
@@ -97,7 +98,15 @@ def merged_model(adapter: Path) -> PreTrainedModel:
     source = _source(sidecar)
     base = load_model(source, sidecar.apply(load_config(source)), dtype=torch.float32)
     merged = _unwrapped(load_adapter(base, str(adapter)).merge_and_unload())
-    return merged.to(getattr(torch, sidecar.dtype)).eval()
+    _round_weights(merged, getattr(torch, sidecar.dtype))
+    return merged.eval()
+
+
+def _round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights alone: `model.to(dtype)` would round the frequencies of RoPE as well."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _verified_sidecar(adapter: Path) -> Sidecar:

@@ -1,0 +1,123 @@
+"""RoPE: what is written into the config, and that the built model uses it."""
+
+import pytest
+import torch
+from tiny import llama_config
+from transformers import GPT2Config, LlamaForCausalLM
+
+from longlora.errors import LongLoraError
+from longlora.model.rope import assert_rope_applied, rescale_rope
+
+BASE = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)
+
+
+def inv_freq(model: LlamaForCausalLM) -> torch.Tensor:
+    return model.model.rotary_emb.inv_freq
+
+
+def test_linear_is_position_interpolation() -> None:
+    config, change = rescale_rope(llama_config(), 256, "linear")
+    assert (change.original_context_length, change.context_length) == (64, 256)
+    model = LlamaForCausalLM(config)
+    torch.testing.assert_close(inv_freq(model), BASE / 4)
+    assert config.max_position_embeddings == 256
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    # Position p of the extended model is position p / 4 of the original one.
+    x = torch.zeros(1, 256, 72)
+    original = LlamaForCausalLM(llama_config()).model.rotary_emb(x, torch.arange(64)[None].float())
+    extended = model.model.rotary_emb(x, (torch.arange(64) * 4)[None])
+    torch.testing.assert_close(extended, original)
+
+
+def test_theta_is_ntk_aware_scaling() -> None:
+    config, _ = rescale_rope(llama_config(), 128, "theta")
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(10000.0 * 2 ** (8 / 6))}
+    frequencies = inv_freq(LlamaForCausalLM(config))
+    assert frequencies[0] == 1.0  # the fastest stays
+    torch.testing.assert_close(frequencies[-1], BASE[-1] / 2)  # the slowest is interpolated in full
+
+
+def test_yarn_keeps_fast_frequencies_and_interpolates_slow_ones() -> None:
+    config, _ = rescale_rope(llama_config(), 256)
+    assert config.rope_parameters["rope_type"] == "yarn"
+    assert config.rope_parameters["factor"] == 4.0
+    assert config.rope_parameters["original_max_position_embeddings"] == 64
+    model = LlamaForCausalLM(config)
+    frequencies = inv_freq(model)
+    assert (frequencies <= BASE * 1.0001).all()
+    assert (frequencies >= BASE / 4.0001).all()
+    torch.testing.assert_close(frequencies[-1], BASE[-1] / 4)
+    # Peng et al. 2023, equation 22: 0.1 ln(s) + 1.
+    assert model.model.rotary_emb.attention_scaling == pytest.approx(0.1 * torch.tensor(4.0).log().item() + 1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_extending_twice_multiplies_the_factors(kind: str) -> None:
+    once, _ = rescale_rope(llama_config(), 128, kind)
+    twice, change = rescale_rope(once, 512, kind)
+    direct, _ = rescale_rope(llama_config(), 512, kind)
+    assert twice.rope_parameters == direct.rope_parameters
+    assert twice.rope_parameters["factor"] == 8.0
+    assert change.original_context_length == 128
+    torch.testing.assert_close(inv_freq(LlamaForCausalLM(twice)), inv_freq(LlamaForCausalLM(direct)))
+
+
+def test_native_llama3_scaling_is_kept() -> None:
+    native = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config, _ = rescale_rope(llama_config(rope_parameters=native, max_position_embeddings=512), 1024)
+    assert config.rope_parameters == {**native, "factor": 16.0}
+    assert_rope_applied(LlamaForCausalLM(config), config)
+
+
+def test_an_ambiguous_linear_scaling_is_refused_until_it_is_explained() -> None:
+    # The case that the original code gets wrong: 4096 x 8 extended to 65536 became factor 2.
+    config = llama_config(
+        max_position_embeddings=4096, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
+    )
+    with pytest.raises(LongLoraError, match="set model.original_context_length"):
+        rescale_rope(config, 65536, "linear")
+    extended, _ = rescale_rope(config, 65536, "linear", original_context_length=32768)
+    assert extended.rope_parameters["factor"] == 16.0
+    assert extended.rope_parameters["original_max_position_embeddings"] == 4096
+
+
+@pytest.mark.parametrize("context", [64, 32])
+def test_a_context_that_is_not_longer_is_refused(context: int) -> None:
+    with pytest.raises(LongLoraError, match=f"context_length={context} is not longer than the model's 64 tokens"):
+        rescale_rope(llama_config(), context)
+
+
+def test_models_without_rope_or_with_another_scaling_are_refused() -> None:
+    with pytest.raises(LongLoraError, match="'gpt2' has no rotary"):
+        rescale_rope(GPT2Config(), 4096)
+    yarn, _ = rescale_rope(llama_config(), 128, "yarn")
+    with pytest.raises(LongLoraError, match="already uses yarn"):
+        rescale_rope(yarn, 256, "linear")
+    with pytest.raises(LongLoraError, match="'dynamic' of the model cannot be rescaled"):
+        rescale_rope(
+            llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 4096
+        )
+
+
+def test_layers_with_a_window_keep_their_own_rope() -> None:
+    parameters = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = llama_config()
+    config.rope_parameters = parameters
+    extended, _ = rescale_rope(config, 128, "linear")
+    assert extended.rope_parameters["full_attention"]["factor"] == 2.0
+    assert extended.rope_parameters["sliding_attention"] == parameters["sliding_attention"]
+    assert "factor" not in config.rope_parameters["full_attention"]
+
+
+def test_a_config_changed_after_the_model_was_built_is_noticed() -> None:
+    model = LlamaForCausalLM(llama_config())
+    assert_rope_applied(model, model.config)
+    config, _ = rescale_rope(llama_config(), 128, "linear")
+    with pytest.raises(LongLoraError, match="does not follow the config"):
+        assert_rope_applied(model, config)

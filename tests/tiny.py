@@ -1,0 +1,50 @@
+"""A tiny Llama with SmolLM2's odd head counts and a tokenizer of bytes, made in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 128
+
+
+def llama_config(**changes: object) -> LlamaConfig:
+    values: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 72,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        # Large enough that attention is not uniform: a leak must show.
+        "initializer_range": 0.2,
+    }
+    return LlamaConfig(**{**values, **changes})
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens: every text has as many tokens as bytes, and nothing is unknown."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {letter: index + 3 for index, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def save_tiny_model(folder: Path, **changes: object) -> Path:
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(**changes)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
