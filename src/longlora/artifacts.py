@@ -170,16 +170,22 @@ def verify_manifest(folder: Path, remedy: str) -> dict[str, Any]:
         RunFolderError: the manifest or a file is missing, or a size or sha256 differs; the message ends with `remedy`.
     """
     manifest = read_json(folder / MANIFEST, remedy)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise RunFolderError(f"{path} is missing: {remedy}")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise RunFolderError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: {remedy}")
-        if sha256_file(path) != expected["sha256"]:
-            raise RunFolderError(f"{path} does not match its sha256: {remedy}")
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise RunFolderError(f"{folder / MANIFEST} names no files: {remedy}")
+    for name, expected in files.items():
+        _verify_file(folder / name, expected if isinstance(expected, dict) else {}, remedy)
     return dict(manifest)
+
+
+def _verify_file(path: Path, expected: dict[str, Any], remedy: str) -> None:
+    if not path.is_file():
+        raise RunFolderError(f"{path} is missing: {remedy}")
+    size = path.stat().st_size
+    if size != expected.get("bytes"):
+        raise RunFolderError(f"{path} has {size} bytes, its manifest says {expected.get('bytes')}: {remedy}")
+    if sha256_file(path) != expected.get("sha256"):
+        raise RunFolderError(f"{path} does not match its sha256: {remedy}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -42,6 +42,9 @@ class ContextConfig(_Section):
     rope_type: Literal["auto", "linear", "yarn", "theta"] = "auto"
     """``auto`` keeps a native llama3 or yarn scaling and otherwise uses yarn. ``linear`` is position interpolation,
     the choice of the LongLoRA paper; ``theta`` enlarges the base of the frequencies."""
+    rope_factor: float | None = Field(default=None, gt=1)
+    """How far positions are stretched; null means new over original context length. A larger one leaves room at the
+    end of the new context."""
 
 
 class AttentionConfig(_Section):

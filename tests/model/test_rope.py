@@ -121,3 +121,11 @@ def test_a_config_changed_after_the_model_was_built_is_noticed() -> None:
     config, _ = rescale_rope(llama_config(), 128, "linear")
     with pytest.raises(LongLoraError, match="does not follow the config"):
         assert_rope_applied(model, config)
+
+
+def test_a_larger_factor_than_needed_is_allowed_and_a_smaller_one_is_not() -> None:
+    config, _ = rescale_rope(llama_config(), 128, "yarn", rope_factor=4.0)
+    assert config.rope_parameters["factor"] == 4.0
+    assert config.max_position_embeddings == 128
+    with pytest.raises(LongLoraError, match="rope_factor=1.5 is less than 128 / 64 tokens = 2"):
+        rescale_rope(llama_config(), 128, "yarn", rope_factor=1.5)

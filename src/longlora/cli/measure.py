@@ -44,9 +44,6 @@ def write_and_print(run: RunFolder, out: Console) -> None:
     out.print(table)
     for verdict in summary.verdicts:
         colour = {"PASS": "green", "FAIL": "red"}.get(verdict.status, "yellow")
-        out.print(
-            f"[{colour}]{verdict.status}[/{colour}] {escape(verdict.claim)}: {escape("; ".join(verdict.numbers))}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        line = escape(f"{verdict.claim}: {'; '.join(verdict.numbers)}")
+        out.print(f"[{colour}]{verdict.status}[/{colour}] {line}", highlight=False, soft_wrap=True)
     out.print(f"report: {run.report_html}", highlight=False, soft_wrap=True)

@@ -27,13 +27,18 @@ class Window:
 
 
 def press_windows(tokens: int, context_length: int, stride: int) -> list[Window]:
-    """Windows over a document of `tokens` tokens; the last one is moved back to be full where it can be."""
+    """Windows over a document of `tokens` tokens; the last one is moved back to be full where it can be.
+
+    Nothing predicts the first token of a window, so windows overlap by at least one token.
+
+    >>> [(w.start, w.stop, w.first_scored) for w in press_windows(10, context_length=5, stride=5)]
+    [(0, 5, 1), (4, 9, 5), (5, 10, 9)]
+    """
     windows: list[Window] = []
-    scored = 1  # nothing predicts the first token
-    stop = min(context_length, tokens)
+    scored, stop = 1, min(context_length, tokens)
     while scored < tokens:
         windows.append(Window(max(0, stop - context_length), stop, scored))
-        scored, stop = stop, min(stop + stride, tokens)
+        scored, stop = stop, min(stop + min(stride, context_length - 1), tokens)
     return windows
 
 
@@ -81,7 +86,7 @@ def document_rows(
                 "tokens": len(all_losses),
                 "loss": all_losses.double().mean().item(),
                 "tail_tokens": len(tail),
-                "tail_loss": tail.double().mean().item(),
+                "tail_loss": tail.double().mean().item() if len(tail) else None,
             }
         )
     longest = read[0]

@@ -29,7 +29,7 @@ from longlora.evaluation.records import (
 )
 from longlora.evaluation.statistics import mean_interval, token_weighted_mean
 
-# Okabe-Ito vermillion and blue: told apart with any colour vision, visible on white and on black. base takes the ink.
+# Okabe-Ito vermillion and blue (lightened to show on black): told apart with any colour vision. base takes the ink.
 _INK = "#010203"
 _COLOURS = {"base": _INK, "rope_only": "#d55e00", "trained": "#0080c8"}
 _MARKERS = {"base": "s", "rope_only": "^", "trained": "o"}

@@ -99,7 +99,7 @@ tr.joined > * { border-bottom: 0; padding-bottom: 0; }
 .facts tbody th { color: var(--quiet); white-space: nowrap; }
 .facts td { overflow-wrap: anywhere; min-width: 8rem; }
 .verdicts { list-style: none; padding: 0; max-width: none; }
-.verdicts > li { display: grid; grid-template-columns: 7.5rem 1fr; padding: .6rem 0; margin: 0;
+.verdicts > li { display: grid; grid-template-columns: 8.25rem 1fr; padding: .6rem 0; margin: 0;
   border-bottom: 1px solid var(--rule); }
 .verdicts .detail { font-size: .875rem; }
 .status { font-weight: 600; font-size: .875rem; line-height: 1.7; color: var(--quiet); }

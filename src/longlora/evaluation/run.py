@@ -28,7 +28,7 @@ from longlora.evaluation.stream import Reading, read
 from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
 from longlora.model.head import OutputHead, output_head
 from longlora.model.merge import merged_model
-from longlora.model.rope import rescale_rope
+from longlora.model.rope import rescale_for
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ def evaluate(recipe: Recipe, console: Console) -> list[Path]:
     """
     run = RunFolder(recipe.run_path)
     tokenizer = load_tokenizer(recipe.model)
-    original = load_config(recipe.model)
-    _, change = rescale_rope(
-        original, recipe.context.context_length, recipe.context.rope_type, recipe.model.original_context_length
-    )
+    _, change = rescale_for(recipe, load_config(recipe.model))
     contexts = recipe.eval.perplexity.context_lengths or [change.original_context_length, change.context_length]
     texts, prompts = _material(recipe, run, tokenizer, contexts)
     paths = []
@@ -82,12 +79,7 @@ def _variant(recipe: Recipe, run: RunFolder, variant: str) -> PreTrainedModel:
     if variant == "base":
         return load_model(recipe.model)
     if variant == "rope_only":
-        config, _ = rescale_rope(
-            load_config(recipe.model),
-            recipe.context.context_length,
-            recipe.context.rope_type,
-            recipe.model.original_context_length,
-        )
+        config, _ = rescale_for(recipe, load_config(recipe.model))
         return load_model(recipe.model, config)
     if run.merged.exists():
         return load_model(recipe.model.model_copy(update={"name_or_path": str(run.merged), "revision": None}))

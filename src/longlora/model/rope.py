@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from longlora.config import Recipe
 from longlora.errors import ModelError
 
 _RESCALABLE = ("default", "linear", "yarn", "llama3")
@@ -31,7 +32,11 @@ class RopeChange:
 
 
 def rescale_rope(
-    config: PreTrainedConfig, context_length: int, rope_type: str = "auto", original_context_length: int | None = None
+    config: PreTrainedConfig,
+    context_length: int,
+    rope_type: str = "auto",
+    original_context_length: int | None = None,
+    rope_factor: float | None = None,
 ) -> tuple[PreTrainedConfig, RopeChange]:
     """A copy of `config` whose RoPE covers `context_length` tokens, and what was changed.
 
@@ -43,6 +48,7 @@ def rescale_rope(
             ``theta`` raises the base to theta * factor^(D / (D - 2)) (NTK-aware scaling); ``auto`` keeps a native
             llama3 or yarn scaling and otherwise takes yarn.
         original_context_length: tokens the model handles now, where the config does not say it unambiguously.
+        rope_factor: stretch of positions on top of an existing one; new over original context if None.
 
     Raises:
         ModelError: the model has no RoPE or one that cannot be scaled further, or the context is not longer.
@@ -64,11 +70,25 @@ def rescale_rope(
             f"context.rope_type={rope_type}: the model already uses {native_type}; scale it further with "
             f"context.rope_type={'auto' if native_type in ('llama3', 'yarn') else native_type}"
         )
-    after = _scaled(config, before, rope_type, context_length, original)
+    ratio = context_length / original
+    if rope_factor is not None and rope_factor < ratio:
+        raise ModelError(
+            f"context.rope_factor={rope_factor} is less than {context_length} / {original} tokens = {ratio:g}; "
+            f"give at least {ratio:g} or null"
+        )
+    after = _scaled(config, before, rope_type, rope_factor or ratio, original)
     extended = copy.deepcopy(config)
     extended.rope_parameters = _replace_global(config.rope_parameters, after)
     extended.max_position_embeddings = context_length
     return extended, RopeChange(original, context_length, before, after)
+
+
+def rescale_for(recipe: Recipe, config: PreTrainedConfig) -> tuple[PreTrainedConfig, RopeChange]:
+    """`rescale_rope` with the settings of a recipe."""
+    context = recipe.context
+    return rescale_rope(
+        config, context.context_length, context.rope_type, recipe.model.original_context_length, context.rope_factor
+    )
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
@@ -112,9 +132,8 @@ def expected_frequencies(config: PreTrainedConfig) -> tuple[torch.Tensor, float]
 
 
 def _scaled(
-    config: PreTrainedConfig, before: dict[str, Any], rope_type: str, context_length: int, original: int
+    config: PreTrainedConfig, before: dict[str, Any], rope_type: str, ratio: float, original: int
 ) -> dict[str, Any]:
-    ratio = context_length / original
     if rope_type == "theta":
         width = _rotary_width(config, before)
         return {**before, "rope_type": "default", "rope_theta": before["rope_theta"] * ratio ** (width / (width - 2))}

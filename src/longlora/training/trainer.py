@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -28,7 +29,7 @@ from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
 from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
 from longlora.model.head import hidden_states, output_head
-from longlora.model.rope import rescale_rope
+from longlora.model.rope import rescale_for
 from longlora.model.sidecar import Sidecar, write_sidecar
 from longlora.training.checkpoint import complete_checkpoint, newest_checkpoint
 from longlora.training.metrics import MetricsCallback
@@ -53,12 +54,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
         run.require_unused()
         checkpoint = None
     set_seed(recipe.train.seed)
-    config, change = rescale_rope(
-        load_config(recipe.model),
-        recipe.context.context_length,
-        recipe.context.rope_type,
-        recipe.model.original_context_length,
-    )
+    config, change = rescale_for(recipe, load_config(recipe.model))
     tokenizer = load_tokenizer(recipe.model)
     shard = open_shard(run.train_shard, tokenizer_hash(tokenizer))
     dataset = PackedDataset(shard, recipe.context.context_length, min_length=change.original_context_length)
@@ -106,12 +102,16 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
-    saved = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if saved < trained:
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    # PEFT leaves the names of its wrappers and of the adapter out of the file.
+    wanted = {
+        name.replace(".modules_to_save.default.", ".").replace(".default.", ".") for name in trainable_names(model)
+    }
+    if missing := sorted(wanted - saved):
         raise ModelError(
-            f"{folder}/adapter_model.safetensors holds {saved} of {trained} trained values "
-            f"({len(trainable_names(model))} tensors): this is a bug of longlora, please report it"
+            f"{folder}/adapter_model.safetensors lacks {len(missing)} of {len(wanted)} trained tensors, first "
+            f"{missing[0]}: this is a bug of longlora, please report it"
         )
 
 
@@ -149,6 +149,10 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
 
 class _LossModel(nn.Module):
     """Token ids -> mean loss, through the decoder and the chunked loss: what Trainer (and DDP) sees as the model."""
+
+    # Read by Trainer: give us the number of labels in the whole step, so that every token weighs the same however the
+    # step is cut into micro batches.
+    accepts_loss_kwargs = True
 
     def __init__(self, peft_model: PeftModel, chunk_tokens: int) -> None:
         super().__init__()

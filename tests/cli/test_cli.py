@@ -1,0 +1,154 @@
+"""The command line as a person meets it: a whole small run, and one line for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+Result = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def longlora(tmp_path: Path) -> Callable[..., Result]:
+    def run(*arguments: str) -> Result:
+        command = [sys.executable, "-c", "from longlora.cli.app import main; main()", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False)
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_folder: Path) -> Path:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        text = f"the {number} bears went over the mountain and saw another mountain. " * 20
+        (texts / f"{number}.txt").write_text(text, encoding="utf-8")
+    (texts / "empty.txt").write_text("", encoding="utf-8")
+    (texts / "latin.txt").write_bytes(b"caf\xe9")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+run_dir: run
+model: {{name_or_path: {tiny_model_folder}, dtype: float32}}
+context: {{context_length: 512}}
+attention: {{group_size: 64, sink_tokens: 2}}
+data: {{train: [texts], heldout: [texts]}}
+train: {{steps: 3, grad_accum_steps: 1, learning_rate: 0.01, warmup_steps: 0, save_steps: 2}}
+eval:
+  perplexity: {{max_documents: 2}}
+  passkey: {{lengths: [400, 512], depths: [0.5], num_trials: 1}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, tmp_path: Path) -> None:
+    prepared = longlora("prepare", "recipe.yaml")
+    assert prepared.returncode == 0, prepared.stderr
+    assert "empty.txt" in prepared.stdout
+    assert "latin.txt" in prepared.stdout
+    trained = longlora("train", "recipe.yaml", "train.steps=2")
+    assert trained.returncode == 0, trained.stderr
+    assert "step 2/2" in trained.stdout
+    run = tmp_path / "run"
+    # A run that was stopped before its end goes on with `resume`, here for one more step.
+    shutil.rmtree(run / "adapter")
+    resumed = longlora("resume", "run", "train.steps=3")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step 3/3" in resumed.stdout
+    assert "step 2/3" not in resumed.stdout
+    merged = longlora("merge", "run")
+    assert merged.returncode == 0, merged.stderr
+    model = AutoModelForCausalLM.from_pretrained(run / "merged")
+    assert model.config.max_position_embeddings == 512
+    assert torch.isfinite(model(torch.zeros(1, 8, dtype=torch.long)).logits).all()
+    measured = longlora("eval", "run")
+    assert measured.returncode == 0, measured.stderr
+    for variant in ("base", "rope_only", "trained"):
+        rows = json.loads((run / "eval" / f"{variant}.json").read_text())
+        assert {row["context_length"] for row in rows["perplexity"]} == {64, 512}
+        assert len(rows["perplexity"]) == 4
+        assert len(rows["passkey"]) == 2
+        assert rows["attention"] == "full (sdpa)"
+    reported = longlora("report", "run")
+    assert reported.returncode == 0, reported.stderr
+    assert "trained" in reported.stdout
+    assert (run / "report.html").read_text().startswith("<!doctype html>") or "<html" in (run / "report.html").read_text()
+    assert (run / "report.md").exists()
+    assert "steps: 3" in (run / "recipe.yaml").read_text()
+    again = longlora("train", "run")
+    assert again.returncode == 2
+    assert again.stderr.startswith("longlora: run_dir run already holds adapter/")
+    merged_again = longlora("merge", "run")
+    assert "output folder run/merged already exists" in merged_again.stderr
+
+
+def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result], tiny_model_folder: Path) -> None:
+    result = longlora("check", str(tiny_model_folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("ok")]
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("train", "none.yaml"), "recipe none.yaml does not exist"),
+        (("train", "recipe.yaml", "train.stepz=1"), "did you mean train.steps?"),
+        (("prepare", "recipe.yaml", "data.train=[nowhere.txt]"), "nowhere.txt"),
+        (("prepare", "recipe.yaml", "data.train=[]"), "data.train is empty"),
+        (("prepare", "recipe.yaml", "data.min_document_tokens=100000"), "data.train: "),
+        (("train", "recipe.yaml"), "run `longlora prepare` again"),
+        (("train", "recipe.yaml", "context.context_length=64"), "context.context_length=64 is not longer"),
+        (("train", "recipe.yaml", "model.name_or_path=./nowhere"), "model './nowhere' cannot be read"),
+        (("resume", "recipe.yaml"), "recipe run/recipe.yaml does not exist"),
+        (("merge", "recipe.yaml"), "run `longlora train` first"),
+        (("eval", "recipe.yaml"), "run `longlora prepare` again"),
+        (("report", "recipe.yaml"), "run `longlora eval` first"),
+        (("check", "./nowhere"), "model './nowhere' cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    longlora: Callable[..., Result], recipe: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    result = longlora(*arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("longlora: ")
+    assert expected in result.stderr
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_shards_of_another_tokenizer_and_damaged_shards(
+    longlora: Callable[..., Result], recipe: Path, tmp_path: Path
+) -> None:
+    assert longlora("prepare", "recipe.yaml").returncode == 0
+    tokens = tmp_path / "run" / "data" / "train" / "tokens.bin"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    damaged = longlora("train", "recipe.yaml")
+    assert damaged.returncode == 2
+    assert "does not match its sha256" in damaged.stderr
+    tokens.write_bytes(whole)
+    manifest = tmp_path / "run" / "data" / "train" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**facts, "tokenizer_hash": "0" * 64}))
+    other = longlora("train", "recipe.yaml")
+    assert other.returncode == 2
+    assert "tokenizer" in other.stderr
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_help_lists_every_verb(longlora: Callable[..., Result]) -> None:
+    shown = longlora("--help").stdout
+    for verb in ("quickstart", "prepare", "train", "resume", "merge", "eval", "report", "check"):
+        assert verb in shown

@@ -1,0 +1,89 @@
+"""Recipes: overrides, hints, and that every setting is used somewhere."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from longlora.config import Recipe, build_recipe, dump_recipe, leaf_keys, load_recipe
+from longlora.errors import LongLoraError
+
+SOURCE = Path(__file__).parent.parent / "src" / "longlora"
+MINIMAL = {"run_dir": "r", "model": {"name_or_path": "m"}, "context": {"context_length": 100}}
+
+
+def minimal(**changes: object) -> dict[str, object]:
+    return {**MINIMAL, **changes}
+
+
+def test_overrides_and_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("run_dir: a\nmodel: {name_or_path: m}\ncontext: {context_length: 10}\n", encoding="utf-8")
+    recipe = load_recipe(
+        path, ["train.steps=20", "train.learning_rate=3e-4", "attention.group_size=null", "attention.group_size_ratio=0.25"]
+    )
+    assert (recipe.train.steps, recipe.train.learning_rate) == (20, 3e-4)
+    assert recipe.attention.resolve_group_size(1001) == 250
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "expected"),
+    [
+        ({}, ["train.stepz=3"], "unknown key train.stepz; did you mean train.steps?"),
+        ({}, ["steps=3"], "unknown key steps; did you mean train.steps?"),
+        ({}, ["training.learning_rate=1"], "unknown key training; did you mean train?"),
+        ({}, ["train.group_size=4"], "unknown key train.group_size; did you mean attention.group_size?"),
+        ({}, ["train.steps=0"], "train.steps = 0: Input should be greater than 0"),
+        ({}, ["train.steps=many"], "train.steps = 'many'"),
+        ({}, ["train.steps"], "override 'train.steps' is not of the form"),
+        ({}, ["run_dir.x=1"], "run_dir is a value, not a section"),
+        ({}, ["attention.group_size_ratio=0.5"], "give exactly one of them"),
+        ({}, ["attention.group_size=null"], "give exactly one of them"),
+        ({"context": {}}, [], "context.context_length is missing"),
+        ({"eval": {"passkey": {"depth": [1]}}}, [], "unknown key eval.passkey.depth; did you mean eval.passkey.depths?"),
+    ],
+)
+def test_mistakes_are_named_with_a_remedy(values: dict[str, object], overrides: list[str], expected: str) -> None:
+    with pytest.raises(LongLoraError) as caught:
+        build_recipe(minimal(**values), overrides)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("- 1", "holds list"), ("a: [", "is not valid YAML"), ("!!python/object/apply:os.system [ls]", "is not valid YAML")],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(LongLoraError, match=expected):
+        load_recipe(path)
+    with pytest.raises(LongLoraError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_every_setting_is_read_by_some_code() -> None:
+    """A setting that is documented, validated and then read by nobody misleads."""
+    read: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside_config = path.name == "config.py"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                if inside_config and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                    continue
+                read.add(node.attr)
+    unused = [key for key in leaf_keys(Recipe) if key.rsplit(".", 1)[-1] not in read]
+    assert not unused
+    assert "steps" in read
+    assert "no_such_setting" not in read
+
+
+def test_shipped_recipes_are_valid() -> None:
+    paths = sorted((SOURCE / "recipes").glob("*.yaml"))
+    assert len(paths) >= 2
+    for path in paths:
+        load_recipe(path)

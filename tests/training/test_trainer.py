@@ -1,0 +1,153 @@
+"""Whole small runs: what is written, that it learns, that resuming is exact, and what a broken run leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from longlora.artifacts import RunFolder
+from longlora.config import Recipe, build_recipe
+from longlora.data.prepare import prepare_shards
+from longlora.errors import LongLoraError
+from longlora.model.build import load_tokenizer, tokenizer_hash
+from longlora.training import trainer as trainer_module
+from longlora.training.trainer import train
+
+QUIET = Console(quiet=True)
+
+
+def make_recipe(tmp_path: Path, model: Path, run: str = "run", **train_changes: object) -> Recipe:
+    texts = tmp_path / "texts"
+    if not texts.exists():
+        texts.mkdir()
+        for number in range(4):
+            (texts / f"{number}.txt").write_text(f"once upon a time there were {number} bears. " * 12, encoding="utf-8")
+    values = {
+        "run_dir": str(tmp_path / run),
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "context": {"context_length": 128, "rope_type": "linear"},
+        "attention": {"group_size": 32, "sink_tokens": 2},
+        "data": {"train": [str(texts)], "heldout": [str(texts)]},
+        "train": {
+            "steps": 6, "grad_accum_steps": 2, "learning_rate": 0.02, "warmup_steps": 0, "save_steps": 2,
+            "save_total_limit": 2, "loss_chunk_tokens": 50, **train_changes,
+        },
+    }  # fmt: skip
+    recipe = build_recipe(values)
+    if not RunFolder(recipe.run_path).train_shard.exists():
+        tokenizer = load_tokenizer(recipe.model)
+        prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), QUIET)
+    return recipe
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def rows(recipe: Recipe) -> list[dict[str, float]]:
+    return [json.loads(line) for line in RunFolder(recipe.run_path).metrics.read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path, tiny_model_folder: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder, steps=8)
+    adapter = train(recipe, QUIET)
+    assert {path.name for path in adapter.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "longlora.json", "manifest.json",
+    }  # fmt: skip
+    logged = rows(recipe)
+    assert [row["step"] for row in logged] == list(range(1, 9))
+    assert logged[-1]["loss"] < logged[0]["loss"] - 0.5
+    assert set(logged[0]) == {
+        "step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "seconds",
+    }  # fmt: skip
+    checkpoints = sorted(path.name for path in RunFolder(recipe.run_path).checkpoints.iterdir())
+    assert checkpoints == ["checkpoint-6", "checkpoint-8"]
+    for path in RunFolder(recipe.run_path).checkpoints.iterdir():
+        assert (path / "manifest.json").exists()
+        assert not (path / "training_args.bin").exists(), "no pickled arguments"
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path, tiny_model_folder: Path) -> None:
+    whole = make_recipe(tmp_path, tiny_model_folder, "whole")
+    expected = weights(train(whole, QUIET))
+    stopped = make_recipe(tmp_path, tiny_model_folder, "stopped")
+    train(stopped, QUIET)
+    run = RunFolder(stopped.run_path)
+    # As if it had been killed while it wrote its last checkpoint.
+    shutil.rmtree(run.adapter)
+    (run.checkpoints / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+    resumed = weights(train(stopped, QUIET, resume=True))
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert [row["step"] for row in rows(stopped)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_micro_batches_and_accumulation_are_the_same_step(tmp_path: Path, tiny_model_folder: Path) -> None:
+    one = make_recipe(tmp_path, tiny_model_folder, "one", steps=2, micro_batch_size=1, grad_accum_steps=4)
+    other = make_recipe(tmp_path, tiny_model_folder, "other", steps=2, micro_batch_size=4, grad_accum_steps=1)
+    train(one, QUIET)
+    train(other, QUIET)
+    # Losses and gradient norms, not weights: Adam turns the sign of a vanishing gradient into a full step.
+    for first, second in zip(rows(one), rows(other), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-3)
+
+
+def test_checkpointing_changes_nothing(tmp_path: Path, tiny_model_folder: Path) -> None:
+    with_it = make_recipe(tmp_path, tiny_model_folder, "with", steps=2)
+    without = make_recipe(tmp_path, tiny_model_folder, "without", steps=2, activation_checkpointing=False)
+    first, second = weights(train(with_it, QUIET)), weights(train(without, QUIET))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_training_uses_the_sparse_pattern_and_bfloat16_works(tmp_path: Path, tiny_model_folder: Path) -> None:
+    sparse = make_recipe(tmp_path, tiny_model_folder, "sparse", steps=1)
+    full = sparse.model_copy(
+        update={
+            "run_dir": str(tmp_path / "full"),
+            "attention": sparse.attention.model_copy(update={"pattern": "full"}),
+            "model": sparse.model.model_copy(update={"dtype": "bfloat16"}),
+        }
+    )
+    shutil.copytree(RunFolder(sparse.run_path).root / "data", tmp_path / "full" / "data")
+    train(sparse, QUIET)
+    train(full, QUIET)
+    assert rows(sparse)[0]["loss"] != pytest.approx(rows(full)[0]["loss"], rel=1e-4)
+    assert all(tensor.isfinite().all() for tensor in weights(RunFolder(full.run_path).adapter).values())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder)
+    original = trainer_module.chunked_loss
+    calls = []
+
+    def breaks_later(*args: object) -> torch.Tensor:
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 7 else 1.0)
+
+    monkeypatch.setattr(trainer_module, "chunked_loss", breaks_later)
+    with pytest.raises(LongLoraError, match="loss is nan in step 4: lower train.learning_rate"):
+        train(recipe, QUIET)
+    run = RunFolder(recipe.run_path)
+    assert not run.adapter.exists()
+    saved = weights(run.checkpoints / "checkpoint-2")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_what_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder, steps=1)
+    with pytest.raises(LongLoraError, match="no whole checkpoint"):
+        train(recipe, QUIET, resume=True)
+    train(recipe, QUIET)
+    with pytest.raises(LongLoraError, match="already holds adapter/"):
+        train(recipe, QUIET)
+    with pytest.raises(LongLoraError, match="the run is finished"):
+        train(recipe, QUIET, resume=True)
