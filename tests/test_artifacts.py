@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from longlora.artifacts import RunFolder, new_folder, read_json, verify_manifest, write_atomic, write_json, write_manifest
+from longlora.artifacts import (
+    RunFolder,
+    new_folder,
+    read_json,
+    verify_manifest,
+    write_atomic,
+    write_json,
+    write_manifest,
+)
 from longlora.errors import LongLoraError
 
 

@@ -20,7 +20,8 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("run_dir: a\nmodel: {name_or_path: m}\ncontext: {context_length: 10}\n", encoding="utf-8")
     recipe = load_recipe(
-        path, ["train.steps=20", "train.learning_rate=3e-4", "attention.group_size=null", "attention.group_size_ratio=0.25"]
+        path,
+        ["train.steps=20", "train.learning_rate=3e-4", "attention.group_size=null", "attention.group_size_ratio=0.25"],
     )
     assert (recipe.train.steps, recipe.train.learning_rate) == (20, 3e-4)
     assert recipe.attention.resolve_group_size(1001) == 250
@@ -42,7 +43,11 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
         ({}, ["attention.group_size_ratio=0.5"], "give exactly one of them"),
         ({}, ["attention.group_size=null"], "give exactly one of them"),
         ({"context": {}}, [], "context.context_length is missing"),
-        ({"eval": {"passkey": {"depth": [1]}}}, [], "unknown key eval.passkey.depth; did you mean eval.passkey.depths?"),
+        (
+            {"eval": {"passkey": {"depth": [1]}}},
+            [],
+            "unknown key eval.passkey.depth; did you mean eval.passkey.depths?",
+        ),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(values: dict[str, object], overrides: list[str], expected: str) -> None:
@@ -54,7 +59,11 @@ def test_mistakes_are_named_with_a_remedy(values: dict[str, object], overrides: 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("- 1", "holds list"), ("a: [", "is not valid YAML"), ("!!python/object/apply:os.system [ls]", "is not valid YAML")],
+    [
+        ("- 1", "holds list"),
+        ("a: [", "is not valid YAML"),
+        ("!!python/object/apply:os.system [ls]", "is not valid YAML"),
+    ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "r.yaml"

@@ -6,6 +6,7 @@ This module imports neither torch nor transformers, so that a wrong key is repor
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
@@ -156,9 +157,7 @@ class PasskeyConfig(_Section):
 class EvalConfig(_Section):
     """What is measured, always with full attention, for base, RoPE rescaled only, and trained."""
 
-    variants: list[Literal["base", "rope_only", "trained"]] = Field(
-        default_factory=lambda: ["base", "rope_only", "trained"]
-    )
+    variants: list[Literal["base", "rope_only", "trained"]] = ["base", "rope_only", "trained"]
     perplexity: PerplexityConfig = Field(default_factory=PerplexityConfig)
     passkey: PasskeyConfig = Field(default_factory=PasskeyConfig)
     prefill_chunk_tokens: int = Field(default=2048, gt=0)
@@ -229,10 +228,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
     # YAML 1.1 reads 3e-4 as a string; numbers are what a person means here.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *sections, leaf = key.split(".")
     node = values
     for section in sections:

@@ -72,7 +72,9 @@ def test_rounding_is_no_worse_than_full_attention_in_the_same_dtype(dtype: torch
     naive = reference_attention(*inputs, bounds, pattern)
     ours = grouped_attention(*inputs, bounds, pattern)
     eps = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-6}[dtype]
-    pairs = zip([ours, *grads(ours, inputs)], [naive, *grads(naive, inputs)], [truth, *grads(truth, exact)], strict=True)
+    pairs = zip(
+        [ours, *grads(ours, inputs)], [naive, *grads(naive, inputs)], [truth, *grads(truth, exact)], strict=True
+    )
     for one, plain, right in pairs:
         allowed = (plain.double() - right).abs() + eps * right.abs().max()
         assert ((one.double() - right).abs() <= allowed.max()).all()

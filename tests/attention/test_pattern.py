@@ -12,7 +12,12 @@ def test_runs_cut_what_the_definition_says(group_size: int, shifted: bool) -> No
     for sinks in range(group_size):
         pattern = S2Pattern(group_size, sinks)
         for length in range(2 * group_size * 2 + 2):
-            seen = {(i, j) for i in range(length) for j in range(length) if may_attend(i, j, length, pattern, shifted=shifted)}
+            seen = {
+                (i, j)
+                for i in range(length)
+                for j in range(length)
+                if may_attend(i, j, length, pattern, shifted=shifted)
+            }
             made = set()
             position = 0
             for run in runs(length, pattern, shifted=shifted):
@@ -47,7 +52,9 @@ def test_a_document_of_one_group_is_one_segment_for_all_heads() -> None:
         assert [(run.start, run.stop, run.count) for run in runs(8, S2Pattern(8, 3), shifted=shifted)] == [(0, 8, 1)]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (8, 8), (8, 2), (4, 1), (1, 1), (6, 2), (15, 5), (32, 8), (3, 3)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(9, 3), (8, 8), (8, 2), (4, 1), (1, 1), (6, 2), (15, 5), (32, 8), (3, 3)]
+)
 def test_head_slices_cover_all_heads_in_order(heads: int, kv_heads: int) -> None:
     share = heads // kv_heads
     head = 0
@@ -63,7 +70,13 @@ def test_head_slices_cover_all_heads_in_order(heads: int, kv_heads: int) -> None
 
 @pytest.mark.parametrize(
     ("group_size", "sinks", "part"),
-    [(0, 0, "group_size=0"), (3, 0, "group_size=3"), (-4, 0, "group_size=-4"), (4, 4, "sink_tokens=4"), (4, -1, "sink_tokens=-1")],
+    [
+        (0, 0, "group_size=0"),
+        (3, 0, "group_size=3"),
+        (-4, 0, "group_size=-4"),
+        (4, 4, "sink_tokens=4"),
+        (4, -1, "sink_tokens=-1"),
+    ],
 )
 def test_bad_settings_are_refused(group_size: int, sinks: int, part: str) -> None:
     with pytest.raises(LongLoraError, match=part):

@@ -34,7 +34,7 @@ def test_check_finds_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.Mo
     from longlora.attention import registry
     from longlora.attention.rolled import rolled_attention
 
-    def leaky(q, k, v, bounds, pattern, scaling, dropout):  # noqa: ANN001, ANN202
+    def leaky(q, k, v, bounds, pattern, scaling, dropout):
         extra = -q.shape[2] % pattern.group_size
         q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (q, k, v))
         return rolled_attention(q, k, v, pattern.group_size, scaling)[:, : q.shape[2] - extra]
@@ -48,7 +48,7 @@ def test_check_finds_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.Mo
 def test_check_finds_a_switch_that_does_nothing(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from longlora.attention import registry
 
-    def full(q, k, v, bounds, pattern, scaling, dropout):  # noqa: ANN001, ANN202
+    def full(q, k, v, bounds, pattern, scaling, dropout):
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=True
         ).transpose(1, 2)
@@ -116,9 +116,7 @@ def test_survives_set_attn_implementation_peft_and_checkpointing(
     plain = torch.autograd.grad(loss, tiny_llama.model.layers[0].self_attn.q_proj.weight)[0]
     tiny_llama.gradient_checkpointing_enable({"use_reentrant": False})
     loss = tiny_llama(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, tiny_llama.model.layers[0].self_attn.q_proj.weight)[0], plain
-    )
+    torch.testing.assert_close(torch.autograd.grad(loss, tiny_llama.model.layers[0].self_attn.q_proj.weight)[0], plain)
     wrapped = get_peft_model(tiny_llama, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     torch.testing.assert_close(logits(wrapped.train(), ids), sparse)
     longlora.use_full(wrapped)

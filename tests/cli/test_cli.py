@@ -5,20 +5,37 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-Result = subprocess.CompletedProcess[str]
+from longlora.cli.app import main
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture
-def longlora(tmp_path: Path) -> Callable[..., Result]:
+def longlora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """The command in this process, in an empty folder: starting Python for each call would take seconds."""
+    monkeypatch.chdir(tmp_path)
+
     def run(*arguments: str) -> Result:
-        command = [sys.executable, "-c", "from longlora.cli.app import main; main()", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False)
+        monkeypatch.setattr(sys, "argv", ["longlora", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capfd.readouterr()
+        return Result(int(stopped.value.code or 0), printed.out, printed.err)
 
     return run
 
@@ -53,8 +70,7 @@ eval:
 def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, tmp_path: Path) -> None:
     prepared = longlora("prepare", "recipe.yaml")
     assert prepared.returncode == 0, prepared.stderr
-    assert "empty.txt" in prepared.stdout
-    assert "latin.txt" in prepared.stdout
+    assert "1 empty (empty), 1 undecodable (latin)" in prepared.stdout
     trained = longlora("train", "recipe.yaml", "train.steps=2")
     assert trained.returncode == 0, trained.stderr
     assert "step 2/2" in trained.stdout
@@ -81,7 +97,9 @@ def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, t
     reported = longlora("report", "run")
     assert reported.returncode == 0, reported.stderr
     assert "trained" in reported.stdout
-    assert (run / "report.html").read_text().startswith("<!doctype html>") or "<html" in (run / "report.html").read_text()
+    assert (run / "report.html").read_text().startswith("<!doctype html>") or "<html" in (
+        run / "report.html"
+    ).read_text()
     assert (run / "report.md").exists()
     assert "steps: 3" in (run / "recipe.yaml").read_text()
     again = longlora("train", "run")
@@ -109,7 +127,7 @@ def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result],
         (("train", "recipe.yaml"), "run `longlora prepare` again"),
         (("train", "recipe.yaml", "context.context_length=64"), "context.context_length=64 is not longer"),
         (("train", "recipe.yaml", "model.name_or_path=./nowhere"), "model './nowhere' cannot be read"),
-        (("resume", "recipe.yaml"), "recipe run/recipe.yaml does not exist"),
+        (("resume", "recipe.yaml"), "recipe run does not exist"),
         (("merge", "recipe.yaml"), "run `longlora train` first"),
         (("eval", "recipe.yaml"), "run `longlora prepare` again"),
         (("report", "recipe.yaml"), "run `longlora eval` first"),
@@ -146,6 +164,15 @@ def test_shards_of_another_tokenizer_and_damaged_shards(
     assert other.returncode == 2
     assert "tokenizer" in other.stderr
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_installed_command_starts_and_fails_cleanly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "longlora", "train", "none.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "longlora: recipe none.yaml does not exist: give the path of a YAML file, see recipes/"
+    ]
 
 
 def test_help_lists_every_verb(longlora: Callable[..., Result]) -> None:

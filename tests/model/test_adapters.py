@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import llama_config, save_tiny_model
 from safetensors.torch import load_file
+from tiny import llama_config, save_tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from longlora.artifacts import write_manifest
@@ -96,7 +96,11 @@ def test_trained_reloaded_and_merged_agree_and_differ_from_base(tmp_path: Path, 
     source = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
     trained = trained_adapter(source, tmp_path / "adapter")
     sidecar = read_sidecar(tmp_path / "adapter")
-    base = load_model(ModelConfig(name_or_path=str(source)), sidecar.apply(load_config(ModelConfig(name_or_path=str(source)))), torch.float32)
+    base = load_model(
+        ModelConfig(name_or_path=str(source)),
+        sidecar.apply(load_config(ModelConfig(name_or_path=str(source)))),
+        torch.float32,
+    )
     assert (logits(base) - trained).abs().max() > 0.1
     torch.testing.assert_close(logits(load_adapter(base, str(tmp_path / "adapter"))), trained)
 

@@ -97,9 +97,7 @@ def test_models_without_rope_or_with_another_scaling_are_refused() -> None:
     with pytest.raises(LongLoraError, match="already uses yarn"):
         rescale_rope(yarn, 256, "linear")
     with pytest.raises(LongLoraError, match="'dynamic' of the model cannot be rescaled"):
-        rescale_rope(
-            llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 4096
-        )
+        rescale_rope(llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 4096)
 
 
 def test_layers_with_a_window_keep_their_own_rope() -> None:

@@ -162,4 +162,7 @@ def _gradients(model: PreTrainedModel) -> tuple[bool, str]:
     finite = all(bool(torch.isfinite(grad).all()) for grad in used)
     moving = sum(bool((grad != 0).any()) for grad in used)
     passed = finite and moving == len(projections)
-    return passed, f"{moving} of {len(projections)} weight matrices get a gradient, {'all' if finite else 'NOT all'} finite"
+    return (
+        passed,
+        f"{moving} of {len(projections)} weight matrices get a gradient, {'all' if finite else 'NOT all'} finite",
+    )

@@ -10,6 +10,7 @@ dropped. They are earlier than everything in the group, so causality is untouche
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,7 @@ def grouped_attention(
     rows = []
     for b in range(B):
         check_bounds(bounds_B[b], T)
-        sizes = [stop - start for start, stop in zip(bounds_B[b], bounds_B[b][1:], strict=False)]
+        sizes = [stop - start for start, stop in itertools.pairwise(bounds_B[b])]
         padding = T - sum(sizes)
         # `split` and not slicing: its backward is one concatenation, that of slices a full-size zero tensor each.
         parts = zip(
@@ -58,7 +59,9 @@ def grouped_attention(
             v_BKTD[b : b + 1].split([*sizes, padding], dim=2),
             strict=True,
         )
-        documents = [_document(q, k, v, slices, pattern, scaling, dropout) for (q, k, v), _ in zip(parts, sizes)]
+        documents = [
+            _document(q, k, v, slices, pattern, scaling, dropout) for q, k, v in itertools.islice(parts, len(sizes))
+        ]
         if padding:
             documents.append(v_BKTD.new_zeros(1, padding, H, v_BKTD.shape[-1]))
         rows.append(_join(documents, dim=1))

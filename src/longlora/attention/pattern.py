@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from longlora.errors import ModelError
 
@@ -86,7 +87,7 @@ def runs(length: int, pattern: S2Pattern, *, shifted: bool) -> list[Run]:
     first = pattern.group_size // 2 if shifted else pattern.group_size
     cuts = [0, *range(first, length, pattern.group_size), length]
     merged: list[Run] = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         size, sinks = stop - start, min(pattern.sink_tokens, start)
         last = merged[-1] if merged else None
         if last is not None and (last.size, last.sinks) == (size, sinks):
@@ -132,6 +133,6 @@ def check_bounds(bounds: Sequence[int], length: int) -> None:
     """Raise `ModelError` unless `bounds` are strictly increasing document bounds from 0 to at most `length`."""
     if not bounds or bounds[0] != 0 or bounds[-1] > length:
         raise ModelError(f"document bounds {list(bounds)[:8]}: must begin with 0 and end within {length} tokens")
-    for before, after in zip(bounds, bounds[1:], strict=False):
+    for before, after in pairwise(bounds):
         if after <= before:
             raise ModelError(f"document bounds {before}, {after}: must be strictly increasing")

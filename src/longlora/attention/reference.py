@@ -5,6 +5,7 @@ B batch, T tokens, H query heads, K key/value heads, D head dim. Never used in t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -32,14 +33,12 @@ def reference_attention(
     scaling = D**-0.5 if scaling is None else scaling
     out_BTHD = q_BHTD.new_zeros(B, T, H, v_BKTD.shape[-1])
     for b in range(B):
-        for start, stop in zip(bounds_B[b], bounds_B[b][1:], strict=False):
+        for start, stop in itertools.pairwise(bounds_B[b]):
             for h in range(H):
                 kv_head = h // (H // K)
                 shifted = h >= H - shifted_heads(H)
                 for i in range(stop - start):
-                    seen = [
-                        start + j for j in range(i + 1) if may_attend(i, j, stop - start, pattern, shifted=shifted)
-                    ]
+                    seen = [start + j for j in range(i + 1) if may_attend(i, j, stop - start, pattern, shifted=shifted)]
                     scores = k_BKTD[b, kv_head, seen] @ q_BHTD[b, h, start + i] * scaling
                     out_BTHD[b, start + i, h] = torch.softmax(scores, -1) @ v_BKTD[b, kv_head, seen]
     return out_BTHD

@@ -220,7 +220,8 @@ def _no_cache_in_training(
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = unwrap() if unwrap is not None else model
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"{type(model).__name__} is not a transformers model, nor PEFT's wrapper of one")
     return inner

@@ -29,7 +29,7 @@ def rolled_attention(
     Raises:
         ModelError: T is not a multiple of `group_size`.
     """
-    B, H, T, D = q_BHTD.shape
+    B, H, T, _ = q_BHTD.shape
     if T % group_size:
         raise ModelError(
             f"wraparound: {T} tokens are not a multiple of group_size={group_size}; "

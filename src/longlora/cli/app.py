@@ -1,6 +1,7 @@
 """The ``longlora`` command: its verbs, and how errors reach a person.
 
-A `LongLoraError` is one line on stderr and exit code 2; Ctrl-C is one line and exit code 130; a traceback is a bug of ours.
+A `LongLoraError` is one line on stderr and exit code 2; Ctrl-C is one line and exit code 130; a traceback is
+a bug of ours.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from longlora.config import ModelConfig
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
     app.command()(check)
 
 

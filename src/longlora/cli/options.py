@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -32,4 +33,5 @@ def save_recipe(recipe: Recipe) -> None:
 
 def console() -> Console:
     """Where results are printed: stdout, without colours or bars when it is no terminal."""
-    return Console()
+    # A log file has no width: lines there must not be broken at 80 columns.
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)

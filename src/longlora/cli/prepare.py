@@ -8,6 +8,7 @@ from longlora.cli.options import OverridesArgument, RecipeArgument, console, rea
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
     app.command()(prepare)
 
 

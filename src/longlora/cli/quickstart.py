@@ -13,6 +13,7 @@ from longlora.cli.options import OverridesArgument, console
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
     app.command()(quickstart)
 
 

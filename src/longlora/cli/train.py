@@ -10,6 +10,7 @@ from longlora.errors import RunFolderError
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
     for command in (train, resume, merge):
         app.command()(command)
 

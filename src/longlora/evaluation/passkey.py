@@ -66,8 +66,12 @@ def hide_facts(
     planted = []
     for depth, name in zip(sorted(depths), _NAMES, strict=False):
         key = str(generator.randint(10000, 99999))
-        planted.append((round(depth * shortest), encode(f"\nThe {name} is {key}. Remember it. {key} is the {name}.\n"), name, key))
-    reserve = max(len(_question(encode, name, key)[0]) + len(_question(encode, name, key)[1]) for *_, name, key in planted)
+        planted.append(
+            (round(depth * shortest), encode(f"\nThe {name} is {key}. Remember it. {key} is the {name}.\n"), name, key)
+        )
+    reserve = max(
+        len(_question(encode, name, key)[0]) + len(_question(encode, name, key)[1]) for *_, name, key in planted
+    )
     tokens: list[int] = []
     scored: list[bool] = []
     used = 0

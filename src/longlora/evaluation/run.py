@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longlora import __version__
 from longlora.artifacts import RunFolder, write_json
 from longlora.config import PasskeyConfig, Recipe
 from longlora.data.shards import open_shard
@@ -211,7 +212,7 @@ def _environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
         "attention": f"full ({model.config._attn_implementation})",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": _device_name(model.device),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "longlora")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"longlora": __version__},
         "commit": _commit(),
         "date": date.today().isoformat(),
         "seed": recipe.eval.seed,

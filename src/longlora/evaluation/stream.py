@@ -66,7 +66,8 @@ def read(
     Raises:
         AssertionError: the model is in training mode or would use the sparse pattern.
     """
-    assert not model.training and not is_sparse(model), "evaluation is always full attention"
+    assert not is_sparse(model), "evaluation is always full attention"
+    assert not model.training, "evaluation is always full attention, without dropout"
     ids_T = torch.as_tensor(tokens, dtype=torch.long, device=model.device)
     losses_T = torch.full((len(tokens),), torch.nan)
     cache = DynamicCache() if questions or len(tokens) > chunk_tokens else None

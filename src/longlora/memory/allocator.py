@@ -1,8 +1,8 @@
 """Keeping freed memory on the CPU.
 
-glibc returns every large block to the kernel as soon as it is freed and gets it back zeroed page by page. A training step
-frees and takes hundreds of megabytes many times; on the two-core machine of docs/log.md keeping them made a step a
-quarter faster.
+glibc returns every large block to the kernel as soon as it is freed and gets it back zeroed page by page. A training
+step frees and takes hundreds of megabytes many times; on the two-core machine of docs/log.md keeping them made a step
+about a quarter faster.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def chunked_loss(hidden_TC: Tensor, labels_T: Tensor, head: nn.Module | Head, ch
         chunk_tokens: how many tokens get logits at one time.
     """
     parameters = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
-    return _ChunkedLoss.apply(hidden_TC, labels_T, head, chunk_tokens, *parameters)  # type: ignore[no-any-return]
+    return _ChunkedLoss.apply(hidden_TC, labels_T, head, chunk_tokens, *parameters)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -18,9 +18,21 @@ from longlora.config import AdapterConfig
 from longlora.errors import ModelError
 
 # Projections of an attention layer in the naming schemes of transformers; fused projections included.
-_ATTENTION_PROJECTIONS = {
-    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "query_key_value", "Wqkv", "c_attn", "c_proj", "dense",
-}  # fmt: skip
+_ATTENTION_PROJECTIONS = frozenset(
+    [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "qkv_proj",
+        "out_proj",
+        "query_key_value",
+        "Wqkv",
+        "c_attn",
+        "c_proj",
+        "dense",
+    ]
+)
 
 
 def add_adapter(model: PreTrainedModel, settings: AdapterConfig) -> PeftModel:

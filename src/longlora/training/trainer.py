@@ -6,7 +6,6 @@ a checkpoint count, and stopping at the first loss that is not a number.
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,9 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        os.makedirs(output_dir, exist_ok=True)  # type: ignore[arg-type]
-        save_adapter(self.accelerator.unwrap_model(self.model).peft_model, Path(output_dir))  # type: ignore[arg-type]
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.accelerator.unwrap_model(self.model).peft_model, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
