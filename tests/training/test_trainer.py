@@ -142,6 +142,29 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
+def test_a_full_disk_leaves_the_last_whole_checkpoint(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder)
+    expected = weights(train(make_recipe(tmp_path, tiny_model_folder, "undisturbed"), QUIET))
+    save = torch.save
+
+    def full_disk(value: object, path: object, *args: object, **kwargs: object) -> None:
+        if "checkpoint-4" in str(path):
+            Path(str(path)).write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full_disk)
+        with pytest.raises(LongLoraError, match="checkpoint-4 cannot be written .* free space and resume"):
+            train(recipe, QUIET)
+    run = RunFolder(recipe.run_path)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
+    resumed = weights(train(recipe, QUIET, resume=True))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+
+
 def test_what_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_model_folder, steps=1)
     with pytest.raises(LongLoraError, match="no whole checkpoint"):

@@ -211,7 +211,7 @@ def _environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
         "rope_parameters": getattr(model.config, "rope_parameters", None),
         "attention": f"full ({model.config._attn_implementation})",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"longlora": __version__},
         "commit": _commit(),
         "date": date.today().isoformat(),
@@ -219,9 +219,10 @@ def _environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a row says about the hardware: the GPU, or the CPU with its threads and vector units."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

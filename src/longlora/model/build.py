@@ -38,7 +38,7 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
         raise ModelError(f"model {source!r} cannot be read ({_first_line(error)}): {_remedy(source)}") from error
     if getattr(config, "auto_map", None):
         raise ModelError(f"model {source!r} brings its own code (auto_map), which longlora does not run")
-    return config.get_text_config(decoder=True) if config.model_type.endswith("_text") else config
+    return config
 
 
 def load_model(

@@ -6,6 +6,7 @@ a checkpoint count, and stopping at the first loss that is not a number.
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,18 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         save_adapter(self.accelerator.unwrap_model(self.model).peft_model, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            complete_checkpoint(folder, keep=self.checkpoints_kept)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                complete_checkpoint(folder, keep=self.checkpoints_kept)
+        except Exception as error:  # safetensors and torch have their own errors for a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(self.args.output_dir).free
+            raise RunFolderError(
+                f"{folder.name} cannot be written to {self.args.output_dir} ({free / 2**30:.2f} GiB free): {error}; "
+                "free space and resume, earlier checkpoints are whole"
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         peft_model = self.accelerator.unwrap_model(model or self.model).peft_model
