@@ -196,8 +196,8 @@ def _passkey_rows(
         {
             **fact,
             "document": document,
-            "answer": tokenizer.decode(answer.greedy).strip(),
-            "correct": answer.greedy == question.answer,
+            "answer": tokenizer.decode(answer.likeliest).strip(),
+            "correct": answer.likeliest == question.answer,
             "log_probability": answer.log_probability,
             "tokens": len(question.answer),
         }
@@ -222,7 +222,7 @@ def _environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """What a row says about the hardware: the GPU, or the CPU with its threads and vector units."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

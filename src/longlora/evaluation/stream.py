@@ -33,9 +33,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said: the greedy tokens, and the log-probability (nats) of the right answer as a whole."""
+    """From one pass over question and right answer (teacher forcing): the most likely token at each place, and the
+    log-probability (nats) of the right answer as a whole.
 
-    greedy: tuple[int, ...]
+    `likeliest` equals the right answer exactly if greedy decoding would give it; after its first wrong token it is not
+    what greedy decoding would go on with.
+    """
+
+    likeliest: tuple[int, ...]
     log_probability: float
 
 
@@ -99,31 +104,12 @@ def _hidden(model: PreTrainedModel, ids_T: Tensor, cache: DynamicCache | None, s
 
 
 def _ask(model: PreTrainedModel, head: OutputHead, question: Question, cache: DynamicCache) -> Answer:
-    """Teacher-forced: one pass over the question and the right answer gives both its log-probability and, as far as
-    greedy decoding would have agreed with it, the greedy answer; after a wrong token greedy goes on from there."""
     asked = torch.tensor([*question.tokens, *question.answer], device=model.device)
     branch = _view(cache, question.position)
     hidden_TC = _hidden(model, asked, branch, question.position)[len(question.tokens) - 1 : -1]
     log_p_TV = head(hidden_TC).float().log_softmax(-1)
-    answer = asked[len(question.tokens) :]
-    log_probability = float(log_p_TV.gather(1, answer[:, None]).sum())
-    greedy: tuple[int, ...] = tuple(log_p_TV.argmax(-1).tolist())
-    if greedy != question.answer:
-        greedy = _greedy(model, head, question, cache)
-    return Answer(greedy, log_probability)
-
-
-def _greedy(model: PreTrainedModel, head: OutputHead, question: Question, cache: DynamicCache) -> tuple[int, ...]:
-    branch = _view(cache, question.position)
-    said: list[int] = []
-    step = torch.tensor(question.tokens, device=model.device)
-    position = question.position
-    for _ in question.answer:
-        hidden_TC = _hidden(model, step, branch, position)
-        position += len(step)
-        step = head(hidden_TC[-1:]).argmax(-1)
-        said.append(int(step))
-    return tuple(said)
+    right = log_p_TV.gather(1, asked[len(question.tokens) :, None])
+    return Answer(tuple(log_p_TV.argmax(-1).tolist()), float(right.sum()))
 
 
 def _view(cache: DynamicCache, length: int) -> DynamicCache:

@@ -35,10 +35,10 @@ def chunked_loss(hidden_TC: Tensor, labels_T: Tensor, head: nn.Module | Head, ch
 @torch.no_grad()
 def token_losses(hidden_TC: Tensor, labels_T: Tensor, head: nn.Module | Head, chunk_tokens: int) -> Tensor:
     """Cross-entropy of each label, [T] in float32, for evaluation; 0 where the label is `IGNORE_INDEX`."""
-    losses = [
-        F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        for hidden, labels in zip(hidden_TC.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True)
-    ]
+    losses = []
+    for hidden, labels in zip(hidden_TC.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
+        log_p_tV = head(hidden).log_softmax(-1, dtype=torch.float32)
+        losses.append(F.nll_loss(log_p_tV, labels, ignore_index=IGNORE_INDEX, reduction="none"))
     return torch.cat(losses)
 
 
