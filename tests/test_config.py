@@ -42,6 +42,10 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
         ({}, ["run_dir.x=1"], "run_dir is a value, not a section"),
         ({}, ["attention.group_size_ratio=0.5"], "give exactly one of them"),
         ({}, ["attention.group_size=null"], "give exactly one of them"),
+        ({}, ["attention.group_size=7"], "group_size=7 is odd"),
+        ({}, ["attention.sink_tokens=2048"], "sink_tokens=2048 must be less than group_size=2048"),
+        ({}, ["eval.perplexity.context_lengths=[1]"], "context_lengths.0 = 1"),
+        ({}, ["eval.passkey.depths=[1.5]"], "depths.0 = 1.5"),
         ({"context": {}}, [], "context.context_length is missing"),
         (
             {"eval": {"passkey": {"depth": [1]}}},

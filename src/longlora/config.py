@@ -10,7 +10,7 @@ import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -41,8 +41,8 @@ class ContextConfig(_Section):
     context_length: int = Field(gt=0)
     """Tokens the model shall handle afterwards; longer than the model's own context."""
     rope_type: Literal["auto", "linear", "yarn", "theta"] = "auto"
-    """``auto`` keeps a native llama3 or yarn scaling and otherwise uses yarn. ``linear`` is position interpolation,
-    the choice of the LongLoRA paper; ``theta`` enlarges the base of the frequencies."""
+    """``auto`` keeps the scaling that the model already has (llama3, yarn, linear) and otherwise uses yarn. ``linear``
+    is position interpolation, the choice of the LongLoRA paper; ``theta`` enlarges the base of the frequencies."""
     rope_factor: float | None = Field(default=None, gt=1)
     """How far positions are stretched; null means new over original context length. A larger one leaves room at the
     end of the new context."""
@@ -67,6 +67,10 @@ class AttentionConfig(_Section):
                 f"group_size={self.group_size} and group_size_ratio={self.group_size_ratio}: "
                 "give exactly one of them and set the other to null"
             )
+        if self.group_size is not None and self.group_size % 2:
+            raise ValueError(f"group_size={self.group_size} is odd, and groups shift by half: give an even number")
+        if self.group_size is not None and self.sink_tokens >= self.group_size:
+            raise ValueError(f"sink_tokens={self.sink_tokens} must be less than group_size={self.group_size}")
         return self
 
     def resolve_group_size(self, context_length: int) -> int:
@@ -81,12 +85,18 @@ class AdapterConfig(_Section):
     """What is trained: LoRA on linear layers, plus embeddings and norms in full (paper, section 3.3)."""
 
     r: int = Field(default=8, gt=0)
+    """Rank of the LoRA matrices."""
     lora_alpha: int = Field(default=16, gt=0)
+    """The LoRA update is scaled by lora_alpha / r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Part of the LoRA inputs that is dropped in training."""
     target_modules: Literal["attention", "all-linear"] | list[str] = "attention"
-    """``attention`` is the q, k, v and output projections (the paper); or module names as PEFT takes them."""
+    """``attention`` is all linear layers of the attention modules (q, k, v and output: the paper); or names as PEFT
+    takes them."""
     train_embeddings: bool = True
+    """Train the input embeddings in full; tied output embeddings with them."""
     train_norms: bool = True
+    """Train all normalisation layers in full."""
 
 
 class DataConfig(_Section):
@@ -108,23 +118,33 @@ class TrainConfig(_Section):
     """The optimisation."""
 
     steps: int = Field(default=1000, gt=0)
+    """Optimizer steps."""
     micro_batch_size: int = Field(default=1, gt=0)
     """Packed sequences per forward pass and process."""
     grad_accum_steps: int = Field(default=8, gt=0)
+    """Micro batches in a step; every token of a step weighs the same however it is cut."""
     learning_rate: float = Field(default=2e-5, gt=0)
+    """AdamW's rate after the warmup."""
     warmup_steps: int = Field(default=20, ge=0)
-    """Linear warmup; the rate is constant afterwards."""
+    """Linear warmup from a rate of 0 in the first step; the rate is constant afterwards. 0: no warmup."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decay of the trained weights."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the mean of the gradients."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's decay of the mean of their squares."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient is scaled down to this norm."""
     seed: int = 0
     """Order of the sequences and initial LoRA weights."""
     activation_checkpointing: bool = True
+    """Keep only the inputs of the layers and compute the rest again in the backward pass."""
     loss_chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens whose logits exist at one time."""
     logging_steps: int = Field(default=1, gt=0)
+    """Steps between rows of metrics.jsonl."""
     save_steps: int = Field(default=100, gt=0)
+    """Steps between checkpoints."""
     save_total_limit: int = Field(default=2, gt=0)
     """Complete checkpoints kept."""
 
@@ -132,43 +152,48 @@ class TrainConfig(_Section):
 class PerplexityConfig(_Section):
     """Loss on held-out documents: each token is scored once (Press et al. 2021, section 2)."""
 
-    context_lengths: list[int] | None = None
+    context_lengths: list[Annotated[int, Field(gt=1)]] | None = Field(default=None, min_length=1)
     """Window sizes in tokens; null means the original and the new context length."""
     stride: int | None = Field(default=None, gt=0)
     """Tokens a window advances; null means the window size (disjoint windows)."""
     tokens_per_document: int | None = Field(default=None, gt=0)
     """First tokens of each document that are scored; null means one new context length."""
     max_documents: int = Field(default=8, gt=0)
+    """Held-out documents that are read: the first ones that are long enough."""
 
 
 class PasskeyConfig(_Section):
     """Passkey retrieval on a grid of lengths and depths (Mohtashami and Jaggi 2023)."""
 
-    lengths: list[int] | None = None
+    lengths: list[Annotated[int, Field(gt=1)]] | None = Field(default=None, min_length=1)
     """Prompt lengths in tokens; null means quarter, half, three quarters and all of the new context."""
-    depths: list[float] = Field(default_factory=lambda: [0.1, 0.5, 0.9])
-    """Where the key stands: 0 is the beginning of the prompt, 1 its end."""
+    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field(default=[0.1, 0.5, 0.9], min_length=1)
+    """Where the key stands: 0 is the beginning of the prompt, 1 its end. With ``heldout``: of the shortest length."""
     num_trials: int = Field(default=2, ge=0)
-    """Keys per grid cell; 0 leaves the test out."""
+    """Keys per grid cell; 0 leaves the test out. With ``heldout`` every document is one trial."""
     haystack: Literal["filler", "heldout"] = "filler"
-    """``filler`` repeats the original five sentences; ``heldout`` hides the key in held-out text."""
+    """``filler`` repeats the original five sentences, one prompt for each key. ``heldout`` hides a number for each
+    depth in the held-out documents, which are read anyway, and asks for all of them at every length."""
 
 
 class EvalConfig(_Section):
     """What is measured, always with full attention, for base, RoPE rescaled only, and trained."""
 
     variants: list[Literal["base", "rope_only", "trained"]] = ["base", "rope_only", "trained"]
+    """What is measured: the model as it came, with RoPE rescaled only, and trained."""
     perplexity: PerplexityConfig = Field(default_factory=PerplexityConfig)
     passkey: PasskeyConfig = Field(default_factory=PasskeyConfig)
     prefill_chunk_tokens: int = Field(default=2048, gt=0)
     """Tokens per forward pass when a long prompt is read into the KV cache."""
     seed: int = 0
+    """Choice of the hidden numbers."""
 
 
 class Recipe(_Section):
     """A whole run. `run_dir` is where everything it makes is written."""
 
     run_dir: str
+    """Folder of the run; see artifacts.py for what is in it."""
     model: ModelConfig
     context: ContextConfig
     attention: AttentionConfig = Field(default_factory=AttentionConfig)

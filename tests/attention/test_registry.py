@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from tiny import llama_config
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import longlora
 from longlora.attention.check import check_model
@@ -174,6 +183,29 @@ def test_a_model_without_attention_interface_is_refused() -> None:
         longlora.use_s2(model, group_size=8)
     with pytest.raises(LongLoraError, match="not a transformers model"):
         longlora.use_s2(torch.nn.Linear(2, 2), group_size=8)
+
+
+def test_what_s2_does_not_compute_is_refused_before_training() -> None:
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    before = model.config._attn_implementation
+    with pytest.raises(LongLoraError, match="'gemma2' has soft-capped scores"):
+        longlora.use_s2(model, group_size=8)
+    assert model.config._attn_implementation == before
+
+
+def test_the_attention_from_before_comes_back(ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(llama_config(), attn_implementation="eager")
+    full = logits(model.eval(), ids)
+    longlora.use_s2(model, group_size=8, sink_tokens=0)
+    longlora.use_s2(model, group_size=4, sink_tokens=0)
+    torch.testing.assert_close(logits(model, ids), full)
+    longlora.use_full(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_forgetting_use_s2_is_an_error_and_not_full_attention(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:

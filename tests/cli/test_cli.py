@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,3 +180,32 @@ def test_help_lists_every_verb(longlora: Callable[..., Result]) -> None:
     shown = longlora("--help").stdout
     for verb in ("quickstart", "prepare", "train", "resume", "merge", "eval", "report", "check"):
         assert verb in shown
+
+
+def test_an_interrupt_is_one_line_and_leaves_whole_files(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "longlora"]
+    made = subprocess.run(
+        [*command, "prepare", "recipe.yaml"], cwd=tmp_path, capture_output=True, timeout=120, check=True
+    )
+    assert made.returncode == 0
+    training = subprocess.Popen(
+        [*command, "train", "recipe.yaml", "train.steps=10000", "train.save_steps=2"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert training.stdout is not None
+    for line in training.stdout:
+        if line.startswith("step 5/"):
+            break
+    training.send_signal(signal.SIGINT)
+    _, errors = training.communicate(timeout=120)
+    assert training.returncode == 130
+    assert errors.splitlines()[-1].startswith("longlora: interrupted")
+    run = tmp_path / "run"
+    assert not (run / "adapter").exists()
+    resumed = subprocess.run(
+        [*command, "resume", "recipe.yaml", "train.steps=8"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step 8/8" in resumed.stdout
+    assert (run / "adapter" / "manifest.json").exists()

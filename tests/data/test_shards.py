@@ -289,7 +289,7 @@ class TestDamage:
     def test_manifest_that_names_no_files(self, written: TokenShard) -> None:
         manifest = manifest_of(written.folder) | {"files": {}}
         (written.folder / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(DataError, match=r"tokens\.bin has 0 bytes.*run `longlora prepare` again"):
+        with pytest.raises(DataError, match=r"names no files.*run `longlora prepare` again"):
             open_shard(written.folder, "abc")
 
     @pytest.mark.parametrize(
@@ -312,6 +312,7 @@ class TestDamage:
             open_shard(tmp_path, "abc")
 
     def test_unknown_schema(self, tmp_path: Path) -> None:
+        (tmp_path / TOKENS).write_bytes(b"")
         write_manifest(tmp_path, schema=2, tokenizer_hash="abc")
         with pytest.raises(DataError, match="schema 2, this version reads 1"):
             open_shard(tmp_path, "abc")

@@ -14,7 +14,7 @@ def encode(text: str) -> list[int]:
 
 
 def test_filler_prompts_have_the_length_and_depth_they_say() -> None:
-    prompts = filler_prompts(encode, [512, 1024], [0.0, 0.5, 1.0], 2, seed=0)
+    prompts = filler_prompts(encode, [1], [512, 1024], [0.0, 0.5, 1.0], 2, seed=0)
     assert len(prompts) == 12
     assert len({prompt.facts[0]["key"] for prompt in prompts}) == 12
     for prompt in prompts:
@@ -22,13 +22,14 @@ def test_filler_prompts_have_the_length_and_depth_they_say() -> None:
         assert len(prompt.tokens) + len(question.tokens) + len(question.answer) == fact["length"]
         assert question.position == len(prompt.tokens)
         sentence = encode(f"\nThe pass key is {fact['key']}. Remember it. {fact['key']} is the pass key.\n")
-        task = len(encode(_TASK))
+        task = 1 + len(encode(_TASK))
+        assert prompt.tokens[0] == 1
         room = len(prompt.tokens) - task - len(sentence)
         at = task + round(float(fact["depth"]) * room)
         assert prompt.tokens[at : at + len(sentence)] == sentence
         assert question.answer == tuple(encode(f" {fact['key']}"))
-    assert prompts[0] == filler_prompts(encode, [512], [0.0], 1, seed=0)[0]
-    assert prompts[0] != filler_prompts(encode, [512], [0.0], 1, seed=1)[0]
+    assert prompts[0] == filler_prompts(encode, [1], [512], [0.0], 1, seed=0)[0]
+    assert prompts[0] != filler_prompts(encode, [1], [512], [0.0], 1, seed=1)[0]
 
 
 def test_hidden_facts_leave_the_document_whole() -> None:
@@ -50,7 +51,7 @@ def test_hidden_facts_leave_the_document_whole() -> None:
 
 def test_too_little_room_is_said() -> None:
     with pytest.raises(LongLoraError, match="passkey length 100 is too short"):
-        filler_prompts(encode, [100], [0.5], 1, seed=0)
+        filler_prompts(encode, [], [100], [0.5], 1, seed=0)
     with pytest.raises(LongLoraError, match="passkey length 200 is too short"):
         hide_facts(encode, list(range(3, 100)) * 9, [200, 400], [0.1, 0.9], 0, 0)
     with pytest.raises(LongLoraError, match="at most 4 numbers"):

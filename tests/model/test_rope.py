@@ -84,6 +84,20 @@ def test_an_ambiguous_linear_scaling_is_refused_until_it_is_explained() -> None:
     assert extended.rope_parameters["original_max_position_embeddings"] == 4096
 
 
+def test_yarn_of_either_convention_is_extended_from_what_it_handles() -> None:
+    """Qwen keeps the unscaled length in max_position_embeddings, others the scaled one."""
+    yarn = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "attention_factor": 1.2,
+    }  # fmt: skip
+    for stated in (64, 256):
+        config = llama_config(max_position_embeddings=stated, rope_parameters=dict(yarn))
+        extended, change = rescale_rope(config, 512)
+        assert change.original_context_length == 256
+        assert extended.rope_parameters["factor"] == 8.0
+        assert "attention_factor" not in extended.rope_parameters, "it belonged to the old factor"
+
+
 @pytest.mark.parametrize("context", [64, 32])
 def test_a_context_that_is_not_longer_is_refused(context: int) -> None:
     with pytest.raises(LongLoraError, match=f"context_length={context} is not longer than the model's 64 tokens"):

@@ -17,7 +17,12 @@ def test_all_stages_on_a_local_model(
             f"a {name} story about bears that never comes to an end. " * 40, encoding="utf-8"
         )
     arguments = ["longlora", "quickstart", "--model", str(tiny_model_folder), "--run-dir", "out"]
-    arguments += ["context.context_length=1024", "data.min_document_tokens=0", "attention.group_size=32"]
+    arguments += [
+        "context.context_length=1024",
+        "context.rope_factor=null",
+        "data.min_document_tokens=0",
+        "attention.group_size=32",
+    ]
     arguments += ["data.train=[train.txt]", "data.heldout=[heldout.txt]", "train.steps=2", "train.learning_rate=0.02"]
     arguments += ["eval.passkey.lengths=[900,1024]", "model.dtype=float32"]
     monkeypatch.setattr(sys, "argv", arguments)

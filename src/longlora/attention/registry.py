@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longlora.attention.grouped import grouped_attention
@@ -23,11 +23,15 @@ from longlora.attention.rolled import rolled_attention
 from longlora.errors import ModelError
 
 S2_ATTENTION = "s2_attn"
-_FULL_ATTENTION = "sdpa"
 _SETTINGS = "longlora_s2"
 _CACHE_HOOK = "longlora_cache_hook"
 # Arguments with which transformers asks an attention function for something S2-Attn does not compute.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+# Settings of a config that mean something S2-Attn does not compute, known before the first forward pass.
+_UNSUPPORTED_CONFIG = {
+    "attn_logit_softcapping": "soft-capped scores",
+    "attention_chunk_size": "chunked attention layers",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class S2Settings:
     """What `use_s2` leaves on each attention module."""
 
     pattern: S2Pattern
+    full_attention: str
+    """The implementation before `use_s2`: what evaluation uses and `use_full` brings back."""
     sparse_in_evaluation: bool = False
     wraparound: bool = False
 
@@ -61,7 +67,8 @@ def use_s2(
             group, and needs lengths that are multiples of `group_size` and one unpadded document a row.
 
     Raises:
-        ModelError: a value is out of range, or the architecture does not dispatch through AttentionInterface.
+        ModelError: a value is out of range, the architecture does not dispatch through AttentionInterface, or it needs
+            something that S2-Attn does not compute (soft-capped scores, chunked layers).
     """
     pattern = S2Pattern(group_size=group_size, sink_tokens=sink_tokens)
     if wraparound and sink_tokens:
@@ -73,10 +80,18 @@ def use_s2(
             f"model type {base.config.model_type!r} does not dispatch through transformers' AttentionInterface, "
             "so S2-Attn cannot be used; choose an architecture that does, or train with attention.pattern=full"
         )
+    config = base.config.get_text_config(decoder=True)
+    for setting, meaning in _UNSUPPORTED_CONFIG.items():
+        if getattr(config, setting, None) is not None:
+            raise ModelError(
+                f"model type {config.model_type!r} has {meaning} ({setting}={getattr(config, setting)}), which S2-Attn "
+                "does not compute; train it with attention.pattern=full"
+            )
+    full_attention = _full_attention(base, modules)
     AttentionInterface.register(S2_ATTENTION, s2_attention_forward)
     AttentionMaskInterface.register(S2_ATTENTION, lazy_mask)
     for module in modules:
-        setattr(module, _SETTINGS, S2Settings(pattern, sparse_in_evaluation, wraparound))
+        setattr(module, _SETTINGS, S2Settings(pattern, full_attention, sparse_in_evaluation, wraparound))
     base.set_attn_implementation(S2_ATTENTION)
     decoder = base.base_model
     if not hasattr(decoder, _CACHE_HOOK):
@@ -84,11 +99,12 @@ def use_s2(
 
 
 def use_full(model: nn.Module) -> None:
-    """Undo `use_s2`: full attention in training as well. Does nothing to a model that is not sparse."""
+    """Undo `use_s2`: the attention from before, in training as well. Does nothing to a model that is not sparse."""
     base = _transformers_model(model)
+    modules = _attention_modules(base)
     if base.config._attn_implementation == S2_ATTENTION:
-        base.set_attn_implementation(_FULL_ATTENTION)
-    for module in _attention_modules(base):
+        base.set_attn_implementation(_full_attention(base, modules))
+    for module in modules:
         if hasattr(module, _SETTINGS):
             delattr(module, _SETTINGS)
     decoder = base.base_model
@@ -111,11 +127,13 @@ class LazyMask:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
+        self._full: dict[str, Any] = {}
 
-    @cached_property
-    def full(self) -> Tensor | None:
-        """The mask that transformers makes for scaled_dot_product_attention; None means plain causal."""
-        return sdpa_mask(**self._arguments)
+    def full_for(self, implementation: str) -> Any:
+        """The mask that transformers makes for this implementation; None means plain causal. Kept for other layers."""
+        if implementation not in self._full:
+            self._full[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._arguments)
+        return self._full[implementation]
 
     @cached_property
     def bounds_B(self) -> list[list[int]]:
@@ -171,8 +189,10 @@ def s2_attention_forward(
     sparse = module.training or (settings.sparse_in_evaluation and query.shape[2] == key.shape[2])
     if not sparse or sliding_window is not None:
         # A layer with a sliding window is local already: it keeps its own pattern in training as well.
-        mask = attention_mask.full if isinstance(attention_mask, LazyMask) else attention_mask
-        full = ALL_ATTENTION_FUNCTIONS[_FULL_ATTENTION]
+        # "eager" is a function of each architecture's own file and has no key: its equal here is sdpa.
+        implementation = "sdpa" if settings.full_attention == "eager" else settings.full_attention
+        mask = attention_mask.full_for(implementation) if isinstance(attention_mask, LazyMask) else attention_mask
+        full = ALL_ATTENTION_FUNCTIONS[implementation]
         output, _ = full(
             module, query, key, value, mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
         )
@@ -217,6 +237,13 @@ def _no_cache_in_training(
             raise ModelError("past_key_values in training: S2-Attn takes no KV cache there, or call model.eval()")
         kwargs["use_cache"] = False
     return args, kwargs
+
+
+def _full_attention(model: PreTrainedModel, modules: list[nn.Module]) -> str:
+    """The full-attention implementation that `model` has, or had before `use_s2`."""
+    if model.config._attn_implementation != S2_ATTENTION:
+        return str(model.config._attn_implementation)
+    return next((getattr(m, _SETTINGS).full_attention for m in modules if hasattr(m, _SETTINGS)), "sdpa")
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

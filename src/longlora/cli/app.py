@@ -16,7 +16,9 @@ import typer
 
 from longlora.cli import check, measure, prepare, quickstart, train
 from longlora.errors import LongLoraError
+from longlora.memory.allocator import keep_freed_memory
 
+_INTERRUPTED = 130
 _OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 app = typer.Typer(
@@ -34,12 +36,16 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     _quiet_libraries()
+    keep_freed_memory()
     try:
         app()
     except LongLoraError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished files are whole, and `longlora resume` goes on from the last checkpoint", 130)
+    except SystemExit as stopped:
+        if stopped.code != _INTERRUPTED:  # typer's way to say Ctrl-C
+            raise
+        message = "interrupted; what is in the run folder is whole, and `longlora resume` goes on from a checkpoint"
+        _fail(message, _INTERRUPTED)
     except OSError as error:
         if error.errno not in _OUR_FAULT_NOT:
             raise

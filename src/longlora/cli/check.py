@@ -9,6 +9,7 @@ import typer
 
 from longlora.cli.options import OverridesArgument, console, read_recipe
 from longlora.config import ModelConfig
+from longlora.errors import RecipeError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,6 +47,8 @@ def check(
 def _model_config(model: str, overrides: list[str] | None) -> ModelConfig:
     if model.endswith((".yaml", ".yml")):
         return read_recipe(Path(model), overrides).model
+    if overrides:
+        raise RecipeError(f"check {model} takes no overrides such as {overrides[0]}: give a recipe instead of a model")
     return ModelConfig(name_or_path=model)
 
 

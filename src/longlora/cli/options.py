@@ -17,7 +17,7 @@ RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe YAML, or a run folder that holds a recipe.yaml.")
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example train.steps=20.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted overrides, for example train.steps=20.")
 ]
 
 

@@ -25,10 +25,8 @@ def quickstart(
     """Extend a small real model to 16,384 tokens and prove it: fetch, train, merge, measure, report."""
     began = time.monotonic()
     out = console()
-    from longlora.memory.allocator import keep_freed_memory
     from longlora.quickstart.run import quickstart_recipe, run_quickstart
 
-    keep_freed_memory()
     recipe = quickstart_recipe(run_dir, model, overrides or [], out)
     run = run_quickstart(recipe, out)
     write_and_print(run, out)

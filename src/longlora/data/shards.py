@@ -178,7 +178,7 @@ def _token_rows(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool, report: ReadReport
 ) -> Iterator[tuple[str, list[int]]]:
     """Name and token ids of each document that has tokens."""
-    before, after = _special_tokens(tokenizer) if add_special_tokens else ([], [])
+    before, after = bound_tokens(tokenizer) if add_special_tokens else ([], [])
     for batch in _batches(documents):
         texts = [document.text for document in batch]
         # verbose=False: long documents are the purpose here, no reason for a warning.
@@ -206,7 +206,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def bound_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What goes in front of and behind a document: BOS and EOS, where the tokenizer puts them there itself.
 
     The presence of `bos_token_id` alone says nothing: many models name one that they never saw in front of a text.

@@ -38,11 +38,18 @@ class Hidden:
 
 
 def filler_prompts(
-    encode: Encode, lengths: Sequence[int], depths: Sequence[float], num_trials: int, seed: int
+    encode: Encode, before: Sequence[int], lengths: Sequence[int], depths: Sequence[float], num_trials: int, seed: int
 ) -> list[Hidden]:
-    """One prompt for each length, depth and trial; `length` counts all tokens up to the end of the answer."""
+    """One prompt for each length, depth and trial; `length` counts all tokens up to the end of the answer.
+
+    Args:
+        before: tokens in front of every text, such as a BOS that the tokenizer adds.
+
+    Raises:
+        DataError: a length has no room for the prompt itself.
+    """
     return [
-        _filler_prompt(encode, length, depth, trial, seed)
+        _filler_prompt(encode, before, length, depth, trial, seed)
         for length in lengths
         for depth in depths
         for trial in range(num_trials)
@@ -94,9 +101,9 @@ def hide_facts(
     return Hidden(tokens, scored, questions, facts)
 
 
-def _filler_prompt(encode: Encode, length: int, depth: float, trial: int, seed: int) -> Hidden:
+def _filler_prompt(encode: Encode, before: Sequence[int], length: int, depth: float, trial: int, seed: int) -> Hidden:
     key = str(random.Random(f"{seed}-{length}-{depth}-{trial}").randint(10000, 99999))
-    task = encode(_TASK)
+    task = [*before, *encode(_TASK)]
     sentence = encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
     question, answer = _question(encode, "pass key", key)
     room = length - len(task) - len(sentence) - len(question) - len(answer)
@@ -104,12 +111,18 @@ def _filler_prompt(encode: Encode, length: int, depth: float, trial: int, seed: 
         raise DataError(f"passkey length {length} is too short: the prompt alone has {length - room} tokens")
     filler = encode(_FILLER)
     filler = filler * (room // len(filler) + 1)
-    before = round(depth * room)
-    tokens = [*task, *filler[:before], *sentence, *filler[before:room]]
+    at = round(depth * room)
+    tokens = [*task, *filler[:at], *sentence, *filler[at:room]]
     asked = Question(len(tokens), tuple(question), tuple(answer))
     fact: dict[str, object] = {"length": length, "depth": depth, "trial": trial, "name": "pass key", "key": key}
     return Hidden(tokens, [False] * len(tokens), [asked], [fact])
 
 
 def _question(encode: Encode, name: str, key: str) -> tuple[list[int], list[int]]:
-    return encode(f"\nWhat is the {name}? The {name} is"), encode(f" {key}")
+    """Question and answer as they are tokenized in one text: alone, the answer may begin with other tokens."""
+    question = f"\nWhat is the {name}? The {name} is"
+    alone, together = encode(question), encode(f"{question} {key}")
+    shared = 0
+    while shared < len(alone) and alone[shared] == together[shared]:
+        shared += 1
+    return together[:shared], together[shared:]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longlora import __version__
 from longlora.artifacts import RunFolder, write_json
 from longlora.config import PasskeyConfig, Recipe
-from longlora.data.shards import open_shard
+from longlora.data.shards import bound_tokens, open_shard
 from longlora.errors import DataError, RunFolderError
 from longlora.evaluation.passkey import Hidden, filler_prompts, hide_facts
 from longlora.evaluation.perplexity import document_rows
@@ -103,6 +103,13 @@ def _material(
             "add longer ones to data.heldout or lower eval.perplexity.context_lengths"
         )
     lengths = _passkey_lengths(recipe)
+    if passkey.num_trials and passkey.haystack == "heldout":
+        read_tokens = max(min(context, settings.tokens_per_document or context) for context in contexts)
+        if max(lengths) > read_tokens:
+            raise DataError(
+                f"eval.passkey.lengths {max(lengths)} is longer than the {read_tokens} tokens that are read of each "
+                "held-out document: raise eval.perplexity.context_lengths or take eval.passkey.haystack=filler"
+            )
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -121,7 +128,8 @@ def _material(
         texts.append(_Text(shard.names[index], hidden))
     prompts = []
     if passkey.num_trials and passkey.haystack == "filler":
-        prompts = filler_prompts(encode, lengths, passkey.depths, passkey.num_trials, recipe.eval.seed)
+        before, _ = bound_tokens(tokenizer)
+        prompts = filler_prompts(encode, before, lengths, passkey.depths, passkey.num_trials, recipe.eval.seed)
     return texts, prompts
 
 

