@@ -79,9 +79,10 @@ class RunFolder:
         return self.root / "eval" / f"{variant}.json"
 
     def require_unused(self) -> None:
-        """Raise `RunFolderError` if a training run already wrote here."""
-        for path in (self.adapter, self.checkpoints, self.merged):
-            if path.exists():
+        """Raise `RunFolderError` if a training run already left something here that can be used."""
+        started = next(self.checkpoints.glob(f"*/{MANIFEST}"), None)
+        for path in (self.adapter, self.merged, started and self.checkpoints):
+            if path and path.exists():
                 raise RunFolderError(
                     f"run_dir {self.root} already holds {path.name}/: use `longlora resume`, another run_dir, "
                     "or remove the folder"
@@ -144,7 +145,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
+        if replace and path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
     except BaseException:
@@ -160,6 +161,9 @@ def write_manifest(folder: Path, **facts: Any) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
+    for name in files:
+        with (folder / name).open("rb") as handle:
+            os.fsync(handle.fileno())
     write_json(folder / MANIFEST, {**facts, "files": files})
 
 

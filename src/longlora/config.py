@@ -29,7 +29,7 @@ class ModelConfig(_Section):
     """Local folder or hub id of a causal language model. Remote code is never run."""
     revision: str | None = None
     """Hub revision; ignored for a local folder."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the frozen weights and of the merged model. Trained weights are always float32 while training."""
     original_context_length: int | None = Field(default=None, gt=0)
     """Tokens the base model was trained for. Needed only where its config does not say it unambiguously."""
@@ -135,7 +135,7 @@ class TrainConfig(_Section):
     """AdamW's decay of the mean of their squares."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradient is scaled down to this norm."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Order of the sequences and initial LoRA weights."""
     activation_checkpointing: bool = True
     """Keep only the inputs of the layers and compute the rest again in the backward pass."""
@@ -157,7 +157,7 @@ class PerplexityConfig(_Section):
     stride: int | None = Field(default=None, gt=0)
     """Tokens a window advances; null means the window size (disjoint windows)."""
     tokens_per_document: int | None = Field(default=None, gt=0)
-    """First tokens of each document that are scored; null means one new context length."""
+    """First tokens of each document that are scored; null means one window of each context length."""
     max_documents: int = Field(default=8, gt=0)
     """Held-out documents that are read: the first ones that are long enough."""
 
@@ -185,7 +185,7 @@ class EvalConfig(_Section):
     passkey: PasskeyConfig = Field(default_factory=PasskeyConfig)
     prefill_chunk_tokens: int = Field(default=2048, gt=0)
     """Tokens per forward pass when a long prompt is read into the KV cache."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Choice of the hidden numbers."""
 
 
@@ -267,7 +267,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    # Branches of a union are pydantic's business, not the user's.
+    location = [str(part) for part in first["loc"] if "[" not in str(part)]
     dotted = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -275,6 +276,8 @@ def _explain(error: ValidationError, source: str) -> str:
     if first["type"] == "missing":
         return f"{source}: {dotted} is missing; add it to the recipe or give {dotted}=VALUE{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], dict):  # a rule about a whole section names its values itself
+        return f"{source}: {dotted}: {message}{more}"
     return f"{source}: {dotted} = {first['input']!r}: {message}{more}"
 
 

@@ -33,20 +33,17 @@ def assert_same(inputs: list[Tensor], bounds: list[list[int]], pattern: S2Patter
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"d{name}: {text}")
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("sinks", [0, 1, 3, 5])
 @pytest.mark.parametrize("length", range(1, 14))
 def test_every_length(length: int, sinks: int) -> None:
     assert_same(qkv(1, 3, 1, length), [[0, length]], S2Pattern(6, sinks))
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("H", "K"), [(1, 1), (2, 2), (3, 3), (4, 1), (4, 2), (9, 3), (5, 5), (6, 2)])
 def test_every_head_count(H: int, K: int) -> None:
     assert_same(qkv(1, H, K, 11), [[0, 11]], S2Pattern(4, 2))
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     "bounds",
     [

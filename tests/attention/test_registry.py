@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 import longlora
@@ -139,16 +141,32 @@ def test_use_s2_on_a_peft_model(tiny_llama: LlamaForCausalLM, ids: torch.Tensor)
     assert not torch.allclose(logits(wrapped, ids), full)
 
 
-def test_sliding_window_layers_keep_their_window(ids: torch.Tensor) -> None:
-    torch.manual_seed(0)
+def test_a_model_with_windows_only_is_refused_because_nothing_would_change() -> None:
     config = MistralConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=6, initializer_range=0.2,
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=6,
     )  # fmt: skip
-    model = MistralForCausalLM(config).train()
-    own = logits(model, ids)
-    longlora.use_s2(model, group_size=4, sink_tokens=1)
-    torch.testing.assert_close(logits(model, ids), own)
+    with pytest.raises(LongLoraError, match="all layers of model type 'mistral' have a sliding window"):
+        longlora.use_s2(MistralForCausalLM(config), group_size=8)
+
+
+def test_sliding_window_layers_keep_their_window(ids: torch.Tensor) -> None:
+    """With a full-attention layer beside them: only that one becomes sparse."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=6, initializer_range=0.2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).train()
+    outputs: dict[bool, list[torch.Tensor]] = {}
+    for sparse in (False, True):
+        if sparse:
+            longlora.use_s2(model, group_size=4, sink_tokens=1)
+        with torch.no_grad():
+            outputs[sparse] = list(model(input_ids=ids, output_hidden_states=True).hidden_states)
+    torch.testing.assert_close(outputs[True][1], outputs[False][1])
+    assert not torch.allclose(outputs[True][2], outputs[False][2])
 
 
 def test_wraparound_mode_leaks_and_says_what_it_needs(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from longlora.cli.app import main
 
@@ -103,11 +103,36 @@ def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, t
     ).read_text()
     assert (run / "report.md").exists()
     assert "steps: 3" in (run / "recipe.yaml").read_text()
+    # A run folder goes where its owner moves it.
+    shutil.copytree(run, tmp_path / "moved")
+    assert longlora("report", str(tmp_path / "moved")).returncode == 0
+    shutil.rmtree(tmp_path / "moved" / "merged")
+    moved = longlora("merge", "moved")
+    assert moved.returncode == 0, moved.stderr
+    assert (tmp_path / "moved" / "merged" / "config.json").exists()
     again = longlora("train", "run")
     assert again.returncode == 2
     assert again.stderr.startswith("longlora: run_dir run already holds adapter/")
     merged_again = longlora("merge", "run")
     assert "output folder run/merged already exists" in merged_again.stderr
+
+
+def test_resume_takes_no_other_settings_than_a_longer_run(longlora: Callable[..., Result], recipe: Path) -> None:
+    assert longlora("prepare", "recipe.yaml").returncode == 0
+    changed = longlora("resume", "recipe.yaml", "train.learning_rate=0.5")
+    assert changed.returncode == 2
+    assert "train differs from the recipe" in changed.stderr
+    other_data = longlora("train", "recipe.yaml", "data.add_special_tokens=false")
+    assert other_data.returncode == 2
+    assert "prepare again" in other_data.stderr
+
+
+def test_check_refuses_a_model_that_cannot_use_s2_in_one_line(longlora: Callable[..., Result], tmp_path: Path) -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "bloom")
+    result = longlora("check", str(tmp_path / "bloom"))
+    assert result.returncode == 2
+    assert "'bloom' does not dispatch" in result.stderr
 
 
 def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result], tiny_model_folder: Path) -> None:
@@ -132,6 +157,7 @@ def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result],
         (("merge", "recipe.yaml"), "run `longlora train` first"),
         (("eval", "recipe.yaml"), "run `longlora prepare` again"),
         (("report", "recipe.yaml"), "run `longlora eval` first"),
+        (("prepare", "recipe.yaml", "data.heldout=[missing.txt]"), "missing.txt"),
         (("check", "./nowhere"), "model './nowhere' cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -16,7 +16,7 @@ from longlora.artifacts import RunFolder
 from longlora.errors import RunFolderError
 from longlora.evaluation import plots
 from longlora.evaluation.records import read_evaluations, read_training, shared_perplexity
-from longlora.evaluation.report import summary_rows, write_report
+from longlora.evaluation.report import write_report
 
 OLD, NEW = 100, 200
 # variant -> loss at OLD, loss at NEW and tail at NEW of the first document; the second lies 1 nat higher
@@ -196,7 +196,7 @@ EXPECTED = [
 
 def test_main_table_is_the_same_by_hand_in_the_terminal_html_and_markdown(complete: RunFolder) -> None:
     write_report(complete)
-    table = summary_rows(complete)
+    table = write_report(complete).table
     assert table.columns == ("measure", "base", "RoPE only", "trained")
     assert [tuple(row) for row in table.strings()] == EXPECTED
     in_html = read_html(complete).tables[0]

@@ -27,6 +27,7 @@ def problem(T: int = 23, C: int = 8, V: int = 31) -> tuple[torch.Tensor, torch.T
     return torch.randn(T, C, generator=generator, dtype=torch.float64), labels, nn.Linear(C, V, bias=False).double()
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("chunk", [1, 4, 7, 23, 100])
 @pytest.mark.parametrize("capped", [False, True])
 def test_value_and_gradients(chunk: int, capped: bool) -> None:

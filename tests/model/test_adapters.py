@@ -14,7 +14,7 @@ from longlora.artifacts import write_manifest
 from longlora.config import AdapterConfig, AttentionConfig, ModelConfig
 from longlora.errors import LongLoraError
 from longlora.model.adapters import add_adapter, load_adapter, trainable_names
-from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
 from longlora.model.check import check_merge
 from longlora.model.merge import merge_adapter, merged_model
 from longlora.model.rope import rescale_rope
@@ -67,7 +67,9 @@ def trained_adapter(source: Path, folder: Path, dtype: str = "float32", scale: f
     """An adapter with random values in everything trained; returns its logits on `probe`."""
     model_config = ModelConfig(name_or_path=str(source))
     config, change = rescale_rope(load_config(model_config), 256, "linear")
-    model = add_adapter(load_model(model_config, config, dtype=torch.float32), AdapterConfig())
+    base = load_model(model_config, config, dtype=torch.float32)
+    fingerprint = weights_fingerprint(base)
+    model = add_adapter(base, AdapterConfig())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,7 +80,7 @@ def trained_adapter(source: Path, folder: Path, dtype: str = "float32", scale: f
     sha = tokenizer_hash(load_tokenizer(model_config))
     sidecar = Sidecar(
         str(source), None, dtype, change.original_context_length, change.context_length, config.rope_parameters,
-        AttentionConfig().model_dump(), sha,
+        AttentionConfig().model_dump(), sha, fingerprint,
     )  # fmt: skip
     write_sidecar(folder, sidecar)
     write_manifest(folder, schema=1, step=1)
@@ -155,6 +157,18 @@ def test_damage_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(LongLoraError, match="does not exist: run `longlora train` first"):
         merge_adapter(tmp_path / "nowhere", tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == []
+
+
+def test_a_changed_base_model_is_refused(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "base")
+    trained_adapter(source, tmp_path / "adapter")
+    model = LlamaForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight += 0.01
+    model.save_pretrained(source)
+    with pytest.raises(LongLoraError, match="weights of .* changed since training"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

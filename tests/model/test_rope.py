@@ -3,7 +3,15 @@
 import pytest
 import torch
 from tiny import llama_config
-from transformers import GPT2Config, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+)
 
 from longlora.errors import LongLoraError
 from longlora.model.rope import assert_rope_applied, rescale_rope
@@ -115,16 +123,40 @@ def test_models_without_rope_or_with_another_scaling_are_refused() -> None:
 
 
 def test_layers_with_a_window_keep_their_own_rope() -> None:
-    parameters = {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    config = llama_config()
-    config.rope_parameters = parameters
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=8, max_position_embeddings=64,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
     extended, _ = rescale_rope(config, 128, "linear")
     assert extended.rope_parameters["full_attention"]["factor"] == 2.0
-    assert extended.rope_parameters["sliding_attention"] == parameters["sliding_attention"]
-    assert "factor" not in config.rope_parameters["full_attention"]
+    assert extended.rope_parameters["sliding_attention"] == config.rope_parameters["sliding_attention"]
+    model = Gemma3ForCausalLM(extended)
+    assert_rope_applied(model, extended)
+    rotary = model.model.rotary_emb
+    original = Gemma3ForCausalLM(config).model.rotary_emb
+    torch.testing.assert_close(rotary.full_attention_inv_freq, original.full_attention_inv_freq / 2)
+    torch.testing.assert_close(rotary.sliding_attention_inv_freq, original.sliding_attention_inv_freq)
+    with pytest.raises(LongLoraError, match="does not follow the config"):
+        assert_rope_applied(Gemma3ForCausalLM(config), extended)
+
+
+def test_a_scaling_that_the_architecture_does_not_take_is_refused_before_training() -> None:
+    config = Phi3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(LongLoraError, match="'phi3' does not take rope_type 'yarn'"):
+        rescale_rope(config, 128, "yarn")
+
+
+def test_a_config_that_leaves_the_head_size_open() -> None:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    extended, _ = rescale_rope(config, 128)
+    assert_rope_applied(MixtralForCausalLM(extended), extended)
 
 
 def test_a_config_changed_after_the_model_was_built_is_noticed() -> None:

@@ -19,7 +19,6 @@ def test_all_stages_on_a_local_model(
     arguments = ["longlora", "quickstart", "--model", str(tiny_model_folder), "--run-dir", "out"]
     arguments += [
         "context.context_length=1024",
-        "context.rope_factor=null",
         "data.min_document_tokens=0",
         "attention.group_size=32",
     ]

@@ -122,6 +122,51 @@ def test_training_uses_the_sparse_pattern_and_bfloat16_works(tmp_path: Path, tin
     assert all(tensor.isfinite().all() for tensor in weights(RunFolder(full.run_path).adapter).values())
 
 
+def test_a_run_that_lost_only_its_adapter_is_resumed_without_another_step(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder, steps=4)
+    expected = weights(train(recipe, QUIET))
+    run = RunFolder(recipe.run_path)
+    shutil.rmtree(run.adapter)
+    resumed = weights(train(recipe, QUIET, resume=True))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+    assert [row["step"] for row in rows(recipe)] == [1, 2, 3, 4]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path, tiny_model_folder: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder, steps=1)
+    (RunFolder(recipe.run_path).checkpoints / "checkpoint-2").mkdir(parents=True)
+    train(recipe, QUIET)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder)
+    original = trainer_module.chunked_loss
+    calls = []
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, loss: torch.Tensor) -> torch.Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: object, *upstream: torch.Tensor) -> torch.Tensor:
+            return upstream[0] * float("nan")
+
+    def breaks_later(*args: object) -> torch.Tensor:
+        calls.append(1)
+        return Poison.apply(original(*args)) if len(calls) == 12 else original(*args)
+
+    monkeypatch.setattr(trainer_module, "chunked_loss", breaks_later)
+    with pytest.raises(LongLoraError, match="gradient norm is nan in step 6"):
+        train(recipe, QUIET)
+    assert not RunFolder(recipe.run_path).adapter.exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,10 +2,10 @@
 
 B batch, T tokens, H query heads, K key/value heads, D head dim, N groups, S tokens per group.
 
-Each group becomes one entry of the batch of `scaled_dot_product_attention`; the views cost nothing, keys and values are
-never repeated for grouped queries, and no mask is built, so that memory is O(T). Sink tokens need no mask either: they
-are put in front of the queries, keys and values of each group, attention stays causal, and their own output rows are
-dropped. They are earlier than everything in the group, so causality is untouched.
+Each group becomes one entry of the batch of `scaled_dot_product_attention`; keys and values are never repeated for
+grouped queries, and no mask is built, so that memory is O(T). Sink tokens need no mask either: they are put in front
+of the queries, keys and values of each group, attention stays causal, and their own output rows are dropped. They are
+earlier than everything in the group, so causality is untouched. Without sinks groups are views, with them one copy.
 """
 
 from __future__ import annotations

@@ -88,6 +88,16 @@ def use_s2(
                 "does not compute; train it with attention.pattern=full"
             )
     full_attention = _full_attention(base, modules)
+    if full_attention == "eager" and not getattr(base, "_supports_sdpa", True):
+        raise ModelError(
+            f"model type {config.model_type!r} computes attention in a way that only its own eager code knows; "
+            "train it with attention.pattern=full"
+        )
+    if _all_layers_have_a_window(config):
+        raise ModelError(
+            f"all layers of model type {config.model_type!r} have a sliding window ({config.sliding_window}) and "
+            "keep it, so S2-Attn would change nothing; train it with attention.pattern=full"
+        )
     AttentionInterface.register(S2_ATTENTION, s2_attention_forward)
     AttentionMaskInterface.register(S2_ATTENTION, lazy_mask)
     for module in modules:
@@ -237,6 +247,13 @@ def _no_cache_in_training(
             raise ModelError("past_key_values in training: S2-Attn takes no KV cache there, or call model.eval()")
         kwargs["use_cache"] = False
     return args, kwargs
+
+
+def _all_layers_have_a_window(config: Any) -> bool:
+    if getattr(config, "sliding_window", None) is None:
+        return False
+    layer_types = getattr(config, "layer_types", None)
+    return layer_types is None or all(kind == "sliding_attention" for kind in layer_types)
 
 
 def _full_attention(model: PreTrainedModel, modules: list[nn.Module]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from longlora.cli.options import OverridesArgument, console, read_recipe
 from longlora.config import ModelConfig
@@ -26,21 +28,21 @@ def check(
     import torch
 
     from longlora.attention.check import check_model
+    from longlora.attention.registry import use_full, use_s2
     from longlora.model.build import load_model
     from longlora.model.check import check_merge
 
     out = console()
-    failed = 0
+    done = failed = 0
     loaded = load_model(settings, dtype=torch.float32)
-    for result in check_model(loaded):
-        failed += not result.passed
-        out.print(_line(result.passed, result.name, result.detail), highlight=False, soft_wrap=True)
-    del loaded
-    merge = check_merge(settings)
-    failed += not merge.passed
-    out.print(_line(merge.passed, merge.name, merge.detail), highlight=False, soft_wrap=True)
+    use_s2(loaded)  # a model that cannot use it at all is one line, not a list of failures
+    use_full(loaded)
+    for result in itertools.chain(check_model(loaded), map(check_merge, [settings])):
+        done, failed = done + 1, failed + (not result.passed)
+        mark = "[green]ok  [/green]" if result.passed else "[red]FAIL[/red]"
+        out.print(f"{mark} {escape(f'{result.name}: {result.detail}')}", highlight=False)
     if failed:
-        out.print(f"{failed} of 8 checks failed", highlight=False)
+        out.print(f"{failed} of {done} checks failed", highlight=False)
         raise typer.Exit(1)
 
 
@@ -50,8 +52,3 @@ def _model_config(model: str, overrides: list[str] | None) -> ModelConfig:
     if overrides:
         raise RecipeError(f"check {model} takes no overrides such as {overrides[0]}: give a recipe instead of a model")
     return ModelConfig(name_or_path=model)
-
-
-def _line(passed: bool, name: str, detail: str) -> str:
-    mark = "[green]ok  [/green]" if passed else "[red]FAIL[/red]"
-    return f"{mark} {name}: {detail}"

@@ -22,8 +22,10 @@ OverridesArgument = Annotated[
 
 
 def read_recipe(path: Path, overrides: Sequence[str] | None) -> Recipe:
-    """The recipe of a YAML file or a run folder, with overrides."""
-    return load_recipe(RunFolder(path).recipe if path.is_dir() else path, overrides or [])
+    """The recipe of a YAML file, or of a run folder wherever that lies now, with overrides."""
+    if not path.is_dir():
+        return load_recipe(path, overrides or [])
+    return load_recipe(RunFolder(path).recipe, [f"run_dir={path}", *(overrides or [])])
 
 
 def save_recipe(recipe: Recipe) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import typer
 
 from longlora.artifacts import RunFolder
-from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe, save_recipe
+from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
+from longlora.config import load_recipe
 from longlora.errors import RunFolderError
 
 
@@ -20,8 +21,9 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     resolved = read_recipe(recipe, overrides)
     from longlora.training.trainer import train as run_training
 
-    RunFolder(resolved.run_path).require_unused()
-    save_recipe(resolved)
+    prepared = RunFolder(resolved.run_path).recipe
+    if prepared.exists() and load_recipe(prepared).data != resolved.data:
+        raise RunFolderError(f"the data section differs from what {resolved.run_dir} was prepared with: prepare again")
     console().print(f"adapter: {run_training(resolved, console())}", highlight=False)
 
 
@@ -29,15 +31,17 @@ def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Go on from the newest whole checkpoint."""
     resolved = read_recipe(recipe, overrides)
     saved = read_recipe(RunFolder(resolved.run_path).root, None)
-    for section in ("model", "context", "attention", "adapter", "data"):
-        if getattr(resolved, section) != getattr(saved, section):
+    for section in ("model", "context", "attention", "adapter", "data", "train"):
+        now, then = getattr(resolved, section), getattr(saved, section)
+        if section == "train":  # a run may be made longer, nothing else
+            now = now.model_copy(update={"steps": then.steps})
+        if now != then:
             raise RunFolderError(
                 f"{section} differs from the recipe the run in {resolved.run_dir} began with: "
-                "resume with its own recipe.yaml, or train in another run_dir"
+                "resume with its own recipe.yaml (only train.steps may change), or train in another run_dir"
             )
     from longlora.training.trainer import train as run_training
 
-    save_recipe(resolved)
     console().print(f"adapter: {run_training(resolved, console(), resume=True)}", highlight=False)
 
 
@@ -47,8 +51,4 @@ def merge(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     from longlora.model.merge import merge_adapter
 
     check = merge_adapter(run.adapter, run.merged)
-    console().print(
-        f"merged: {run.merged} (logits: merged {check.adapter_to_merged:.1e}, reloaded {check.merged_to_reloaded:.1e}; "
-        f"KL: rounding {check.kl_rounding:.1e}, training {check.kl_training:.1e})",
-        highlight=False,
-    )
+    console().print(f"merged: {run.merged}, verified: {check.summary()}", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ def prepare_shards(recipe: Recipe, tokenizer: Any, tokenizer_hash: str, console:
     if not recipe.data.train:
         raise DataError("data.train is empty: name files, folders or a dataset to train on")
     run.require_unused()
-    _write(recipe, recipe.data.train, run.train_shard, "train", tokenizer, tokenizer_hash, console)
-    if recipe.data.heldout:
-        _write(recipe, recipe.data.heldout, run.heldout_shard, "heldout", tokenizer, tokenizer_hash, console)
+    parts = [("train", recipe.data.train, run.train_shard), ("heldout", recipe.data.heldout, run.heldout_shard)]
+    for _, sources, _ in parts:
+        read_documents(sources, recipe.data.text_field, ReadReport())  # finds missing files before anything is written
+    for name, sources, folder in parts:
+        if sources:
+            _write(recipe, sources, folder, name, tokenizer, tokenizer_hash, console)
+        elif folder.exists():
+            shutil.rmtree(folder)  # what an earlier prepare held out is not held out any more
 
 
 def _write(

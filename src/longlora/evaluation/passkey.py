@@ -71,10 +71,17 @@ def hide_facts(
     longest, shortest = max(lengths), min(lengths)
     generator = random.Random(f"{seed}-{trial}")
     planted = []
-    for depth, name in zip(sorted(depths), _NAMES, strict=False):
+    # Another name at each depth in every document, so that a name that is easy to find favours no depth.
+    names = [_NAMES[(place + trial) % len(_NAMES)] for place in range(len(depths))]
+    for depth, name in zip(sorted(depths), names, strict=True):
         key = str(generator.randint(10000, 99999))
         planted.append(
-            (round(depth * shortest), encode(f"\nThe {name} is {key}. Remember it. {key} is the {name}.\n"), name, key)
+            (
+                max(1, round(depth * shortest)),
+                encode(f"\nThe {name} is {key}. Remember it. {key} is the {name}.\n"),
+                name,
+                key,
+            )
         )
     reserve = max(
         len(_question(encode, name, key)[0]) + len(_question(encode, name, key)[1]) for *_, name, key in planted

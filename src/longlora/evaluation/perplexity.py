@@ -71,7 +71,8 @@ def document_rows(
     rows = []
     for context_length in sorted(context_lengths, reverse=True):
         total = min(len(tokens), tokens_per_document or context_length)
-        windows = press_windows(total, context_length, stride or context_length)
+        advance = min(stride or context_length, context_length)
+        windows = press_windows(total, context_length, advance)
         parts = [_part(losses(window), counts, window) for window in windows]
         all_losses = torch.cat(parts)
         first = windows[0]
@@ -81,7 +82,7 @@ def document_rows(
             {
                 "document": name,
                 "context_length": context_length,
-                "stride": stride or context_length,
+                "stride": advance,
                 "protocol": "press",
                 "tokens": len(all_losses),
                 "loss": all_losses.double().mean().item(),

@@ -201,7 +201,7 @@ def shared_perplexity(evaluations: Mapping[str, Evaluation], context_length: int
     return shared(
         evaluations,
         lambda item: [row for row in item.perplexity if row.context_length == context_length],
-        lambda row: row.document,
+        _measured_alike,
     )
 
 
@@ -210,8 +210,13 @@ def shared_tails(evaluations: Mapping[str, Evaluation], context_length: int) -> 
     return shared(
         evaluations,
         lambda item: [row for row in item.perplexity if row.context_length == context_length and row.has_tail],
-        lambda row: row.document,
+        _measured_alike,
     )
+
+
+def _measured_alike(row: PerplexityRow) -> tuple[str, int, int, str]:
+    """Rows compare only where the same tokens were scored in the same way."""
+    return row.document, row.tokens, row.stride, row.protocol
 
 
 def shared_positions(evaluations: Mapping[str, Evaluation]) -> dict[str, list[PositionRow]]:

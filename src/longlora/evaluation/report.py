@@ -51,15 +51,6 @@ def write_report(run: RunFolder) -> Summary:
     return summary
 
 
-def summary_rows(run: RunFolder) -> Table:
-    """The main table of the report (measure, base, RoPE only, trained); `Table.strings` gives it as plain text.
-
-    Raises:
-        RunFolderError: as `write_report`.
-    """
-    return summarize(read_evaluations(run)).table
-
-
 def _recipe(run: RunFolder) -> str | None:
     try:
         return run.recipe.read_text(encoding="utf-8", errors="replace")

@@ -1,13 +1,11 @@
-"""LoRA plus trainable embeddings and norms through PEFT (paper, section 3.3), and the sidecar that belongs to them.
+"""LoRA plus trainable embeddings and norms through PEFT (paper, section 3.3).
 
-In: a model and `AdapterConfig`. Out: a PEFT model; later an adapter folder with everything that was trained and, in
-``longlora.json``, the RoPE and S2-Attn settings without which it would be read on the wrong base.
+In: a model and `AdapterConfig`. Out: a PEFT model whose adapter file holds everything that was trained.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -98,12 +96,6 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
     except Exception as error:
         raise ModelError(f"adapter {folder} cannot be loaded ({error}): train again or restore the folder") from error
-
-
-def adapter_facts(model: PeftModel) -> dict[str, Any]:
-    """Numbers for the log: parameters trained and in all."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"trained_parameters": trained, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def _is_linear(module: nn.Module) -> bool:

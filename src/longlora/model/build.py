@@ -92,6 +92,20 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()
 
 
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over about 256 values of every weight, in bfloat16: changes when a base model is trained or replaced.
+
+    The same for any data type the model is loaded in, as long as bfloat16 can be made of it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, values.numel() // 256)].to("cpu", torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def device_for_run() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,9 +12,9 @@ from longlora.attention.check import CheckResult
 from longlora.config import AdapterConfig, AttentionConfig, ModelConfig
 from longlora.errors import LongLoraError
 from longlora.model.adapters import add_adapter
-from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
 from longlora.model.merge import merge_adapter
-from longlora.model.rope import rescale_rope
+from longlora.model.rope import current_context, rescale_rope
 from longlora.model.sidecar import Sidecar, write_sidecar
 
 
@@ -41,8 +41,11 @@ def check_merge(model: ModelConfig) -> CheckResult:
 
 def _random_adapter(source: ModelConfig, folder: Path) -> None:
     config = load_config(source)
-    extended, change = rescale_rope(config, 2 * config.max_position_embeddings, "auto", source.original_context_length)
-    model = add_adapter(load_model(source, extended, dtype=torch.float32), AdapterConfig())
+    context = source.original_context_length or current_context(config)
+    extended, change = rescale_rope(config, 2 * context, "auto", source.original_context_length)
+    base = load_model(source, extended, dtype=torch.float32)
+    fingerprint = weights_fingerprint(base)
+    model = add_adapter(base, AdapterConfig())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,6 +63,7 @@ def _random_adapter(source: ModelConfig, folder: Path) -> None:
         rope_parameters=extended.rope_parameters,
         attention=AttentionConfig().model_dump(),
         tokenizer_sha256=tokenizer_sha256,
+        base_fingerprint=fingerprint,
     )
     write_sidecar(folder, sidecar)
     write_manifest(folder, schema=1, step=0)

@@ -18,7 +18,7 @@ from longlora.artifacts import new_folder, verify_manifest
 from longlora.config import ModelConfig
 from longlora.errors import ModelError, RunFolderError
 from longlora.model.adapters import load_adapter
-from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
 from longlora.model.sidecar import Sidecar, read_sidecar
 
 _PROBE_TOKENS = 128
@@ -43,6 +43,14 @@ class MergeCheck:
     kl_training: float
     """KL(adapter || base with rescaled RoPE): what training changed; a merge that did nothing would show here."""
 
+    def summary(self) -> str:
+        """One line for a person."""
+        return (
+            f"logits differ by at most {self.adapter_to_merged:.1e} from the adapter's in float32 and by "
+            f"{self.merged_to_reloaded:.1e} after reading back; rounding to the saved type costs KL "
+            f"{self.kl_rounding:.1e}, training changed {self.kl_training:.1e}"
+        )
+
 
 def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
     """Merge the adapter folder into `output`, a folder that must not exist, and verify what was written.
@@ -63,7 +71,7 @@ def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
             f"the tokenizer of {source.name_or_path} changed since training "
             f"({tokenizer_hash(tokenizer)[:12]}, was {sidecar.tokenizer_sha256[:12]}): restore the base model"
         )
-    base = load_model(source, sidecar.apply(load_config(source)), dtype=torch.float32)
+    base = _base_in_float32(source, sidecar)
     probe = _probe(base)
     base_logits = _logits(base, probe)
     wrapped = load_adapter(base, str(adapter))
@@ -98,7 +106,7 @@ def merged_model(adapter: Path) -> PreTrainedModel:
     """The merge in memory, in the data type of the run, full attention, evaluation mode."""
     sidecar = _verified_sidecar(adapter)
     source = _source(sidecar)
-    base = load_model(source, sidecar.apply(load_config(source)), dtype=torch.float32)
+    base = _base_in_float32(source, sidecar)
     merged = _unwrapped(load_adapter(base, str(adapter)).merge_and_unload())
     _round_weights(merged, getattr(torch, sidecar.dtype))
     return merged.eval()
@@ -120,6 +128,13 @@ def _verified_sidecar(adapter: Path) -> Sidecar:
 
 def _source(sidecar: Sidecar) -> ModelConfig:
     return ModelConfig(name_or_path=sidecar.base_model, revision=sidecar.base_revision)
+
+
+def _base_in_float32(source: ModelConfig, sidecar: Sidecar) -> PreTrainedModel:
+    base = load_model(source, sidecar.apply(load_config(source)), dtype=torch.float32)
+    if weights_fingerprint(base) != sidecar.base_fingerprint:
+        raise ModelError(f"the weights of {source.name_or_path} changed since training: restore the base model")
+    return base
 
 
 def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:

@@ -57,7 +57,7 @@ def rescale_rope(
     native_type = before.get("rope_type", "default")
     if native_type not in _RESCALABLE:
         raise ModelError(f"rope_type {native_type!r} of the model cannot be rescaled; known: {', '.join(_RESCALABLE)}")
-    original = original_context_length or _current_context(config, before)
+    original = original_context_length or current_context(config)
     if context_length <= original:
         raise ModelError(
             f"context.context_length={context_length} is not longer than the model's {original} tokens; "
@@ -80,6 +80,13 @@ def rescale_rope(
     extended = copy.deepcopy(config)
     extended.rope_parameters = _replace_global(config.rope_parameters, after)
     extended.max_position_embeddings = context_length
+    if getattr(extended, "head_dim", 0) is None:  # left open by some configs, and missed by transformers' own functions
+        extended.head_dim = config.hidden_size // config.num_attention_heads
+    try:
+        type(config).from_dict(extended.to_dict())
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"model type {config.model_type!r} does not take rope_type {rope_type!r}: {reason}") from error
     return extended, RopeChange(original, context_length, before, after)
 
 
@@ -106,10 +113,13 @@ def assert_rope_applied(model: nn.Module, config: PreTrainedConfig) -> None:
     """Raise `ModelError` unless the frequencies in use are those of `config` (a later change of it has no effect)."""
     expected, scaling = expected_frequencies(config)
     for name, module in model.named_modules():
-        inv_freq = getattr(module, "inv_freq", None)
+        # Models with one set per layer type keep its name in front.
+        prefix = "full_attention_" if hasattr(module, "full_attention_inv_freq") else ""
+        inv_freq = getattr(module, f"{prefix}inv_freq", None)
         if isinstance(inv_freq, torch.Tensor) and inv_freq.shape == expected.shape:
             applied = inv_freq.detach().float().cpu()
-            if torch.allclose(applied, expected, rtol=1e-5, atol=0) and module.attention_scaling == scaling:
+            applied_scaling = getattr(module, f"{prefix}attention_scaling")
+            if torch.allclose(applied, expected, rtol=1e-5, atol=0) and applied_scaling == scaling:
                 return
             raise ModelError(
                 f"{name}.inv_freq does not follow the config's rope_parameters: "
@@ -149,8 +159,13 @@ def _scaled(
     return after
 
 
-def _current_context(config: PreTrainedConfig, before: dict[str, Any]) -> int:
-    """Tokens the model handles now. Configs of scaled models give the length before or after the scaling."""
+def current_context(config: PreTrainedConfig) -> int:
+    """Tokens the model handles now. Configs of scaled models give the length before or after the scaling.
+
+    Raises:
+        ModelError: the model has no RoPE, or its config does not say which of the two it gives.
+    """
+    before = rope_parameters(config)
     context, factor = int(config.max_position_embeddings), before.get("factor", 1.0)
     pretrained = before.get("original_max_position_embeddings")
     if factor == 1.0 or (pretrained and context > pretrained):

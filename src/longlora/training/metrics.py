@@ -24,11 +24,13 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self._console = console
         self._progress: Progress | None = None
         self._began = self._first_tokens = 0.0
+        self._first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._began, self._first_tokens = time.monotonic(), float(state.num_input_tokens_seen)
+        self._first_step = state.global_step
         _keep_rows_until(self._path, state.global_step)
         if self._console.is_terminal:
             self._progress = Progress(
@@ -71,7 +73,8 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step, status=status)
         else:
-            left = seconds / state.global_step * (state.max_steps - state.global_step) if state.global_step else 0.0
+            done = max(1, state.global_step - self._first_step)
+            left = seconds / done * (state.max_steps - state.global_step)
             self._console.print(
                 f"step {state.global_step}/{state.max_steps}  {status}  grad norm {row['grad_norm']:.3f}  "
                 f"lr {row['learning_rate']:.2e}  elapsed {_clock(seconds)}  left {_clock(left)}",

@@ -14,24 +14,31 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from rich.console import Console
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from longlora.artifacts import RunFolder, new_folder, write_manifest
+from longlora.artifacts import RunFolder, new_folder, write_atomic, write_manifest
 from longlora.attention.registry import use_full, use_s2
-from longlora.config import Recipe, TrainConfig
+from longlora.config import Recipe, TrainConfig, dump_recipe
 from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import open_shard
 from longlora.errors import ModelError, RunFolderError
 from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
-from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.build import (
+    device_for_run,
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenizer_hash,
+    weights_fingerprint,
+)
 from longlora.model.head import hidden_states, output_head
 from longlora.model.rope import rescale_for
 from longlora.model.sidecar import Sidecar, write_sidecar
-from longlora.training.checkpoint import complete_checkpoint, newest_checkpoint
+from longlora.training.checkpoint import checkpoint_step, complete_checkpoint, newest_checkpoint
 from longlora.training.metrics import MetricsCallback
 
 
@@ -44,15 +51,9 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
         LongLoraError: the run folder is in use, or something that the run needs is missing or does not fit.
     """
     run = RunFolder(recipe.run_path)
-    if resume:
-        checkpoint, passed_over = newest_checkpoint(run.checkpoints)
-        for line in passed_over:
-            console.print(f"passed over: {line}", highlight=False)
-        if run.adapter.exists():
-            raise RunFolderError(f"{run.adapter} exists: the run is finished; merge or evaluate it")
-    else:
+    checkpoint = _resume_from(run, console) if resume else None
+    if not resume:
         run.require_unused()
-        checkpoint = None
     set_seed(recipe.train.seed)
     config, change = rescale_for(recipe, load_config(recipe.model))
     tokenizer = load_tokenizer(recipe.model)
@@ -61,15 +62,21 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
 
     device = device_for_run()
     base = load_model(recipe.model, config).to(device)
+    sidecar = Sidecar.of(recipe, change, config, tokenizer_hash(tokenizer), weights_fingerprint(base))
     model = add_adapter(base, recipe.adapter)
     compute_dtype = getattr(torch, recipe.model.dtype)
     cast_to_compute_dtype(model, compute_dtype)
-    sidecar = Sidecar.of(recipe, change, config, tokenizer_hash(tokenizer))
     if recipe.attention.pattern == "s2":
         group_size = recipe.attention.resolve_group_size(recipe.context.context_length)
         use_s2(model, group_size=group_size, sink_tokens=recipe.attention.sink_tokens)
     if recipe.train.activation_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    console.print(
+        f"training {trained:,} parameters beside {base.num_parameters() - trained:,} frozen ones on {len(dataset):,} "
+        f"sequences of up to {dataset.context_length:,} tokens, on {device.type}",
+        highlight=False,
+    )
     metrics = MetricsCallback(run.metrics, console)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = LongContextTrainer(
@@ -82,16 +89,30 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(_printer())
     trainer.checkpoints_kept = recipe.train.save_total_limit
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        metrics.close()
+    write_atomic(run.recipe, dump_recipe(recipe))
+    if checkpoint is not None and checkpoint_step(checkpoint) >= recipe.train.steps:
+        trainer._load_from_checkpoint(str(checkpoint))  # stopped between its last checkpoint and its adapter
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            metrics.close()
     use_full(model)
     with new_folder(run.adapter) as folder:
         save_adapter(model, folder)
         write_sidecar(folder, sidecar)
-        write_manifest(folder, schema=1, step=trainer.state.global_step)
+        write_manifest(folder, schema=1, step=recipe.train.steps)
     return run.adapter
+
+
+def _resume_from(run: RunFolder, console: Console) -> Path:
+    if run.adapter.exists():
+        raise RunFolderError(f"{run.adapter} exists: the run is finished; merge or evaluate it")
+    checkpoint, passed_over = newest_checkpoint(run.checkpoints)
+    for line in passed_over:
+        console.print(f"passed over: {line}", highlight=False)
+    console.print(f"going on from {checkpoint}", highlight=False)
+    return checkpoint
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -129,6 +150,16 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # Clipping comes right before the optimizer's step: the last moment at which the weights are still good.
+        norm = super()._clip_grad_norm(model)
+        if not torch.isfinite(torch.as_tensor(norm)):
+            raise ModelError(
+                f"gradient norm is {float(norm)} in step {self.state.global_step + 1}: lower train.learning_rate "
+                f"(now {self.args.learning_rate:g}) and resume; nothing was saved from this step"
+            )
+        return norm
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +171,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 complete_checkpoint(folder, keep=self.checkpoints_kept)
-        except Exception as error:  # safetensors and torch have their own errors for a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library's own way to say that a disk is full
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(self.args.output_dir).free
             raise RunFolderError(
@@ -199,7 +230,6 @@ def _arguments(train: TrainConfig, folder: Path, dtype: torch.dtype, device: tor
         adam_beta2=train.adam_beta2,
         max_grad_norm=train.max_grad_norm,
         bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=train.logging_steps,
