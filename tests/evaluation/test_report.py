@@ -230,7 +230,7 @@ def test_verdicts_pass_with_their_numbers(complete: RunFolder) -> None:
     assert "difference +0.040 (limit +0.05)" in verdicts[1].numbers[0]
     assert "-0.160 [-0.160, -0.160] over documents; 2 of 2 documents lower" in verdicts[2].numbers[0]
     assert "-0.200 [-0.200, -0.200] over documents; 2 of 2 documents lower" in verdicts[2].numbers[1]
-    assert verdicts[3].numbers == ("difference +7.10 [+7.10, +7.10] nats; 4 keys",)
+    assert verdicts[3].numbers == ("200 tokens: difference +7.10 [+7.10, +7.10] nats; 4 keys",)
     assert verdicts[4].numbers == ("200 tokens: difference +0.10 [+0.10, +0.10] nats; 4 keys",)
     assert read_html(complete).text.count("PASS") == 5
 
