@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before transformers is imported: no test asks a hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from pathlib import Path
 
 import pytest
