@@ -25,8 +25,8 @@ _PROBE_TOKENS = 128
 # Largest difference of float32 logits, as a part of their spread, that merging by addition may cause.
 _FLOAT32_TOLERANCE = 1e-3
 # Rounding merged weights to 16 bits may cost at most what training changed, as KL divergence: beyond that the file
-# would hold noise instead of training. Short training changes weights by less than a unit of their last place, so that the
-# part is not small (docs/log.md); it is printed, and the report measures the rounded model.
+# would hold noise instead of training. Short training changes weights by less than a unit of their last place, so that
+# the part is not small (docs/log.md); it is printed, and the report measures the rounded model.
 _ROUNDING_TOLERANCE = 1.0
 
 
