@@ -16,7 +16,7 @@ LAYERS = [
     {"model", "data"},
     {"memory", "attention"},
     {"config", "artifacts"},
-    {"errors"},
+    {"errors", "hints"},
 ]
 FORBIDDEN = [("data", "model"), ("evaluation", "training"), ("training", "evaluation")]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from longlora.config import Recipe, build_recipe, dump_recipe, leaf_keys, load_recipe
+from longlora.config import Recipe, build_recipe, dump_recipe, load_recipe
 from longlora.errors import LongLoraError
+from longlora.hints import leaf_keys
 
 SOURCE = Path(__file__).parent.parent / "src" / "longlora"
 MINIMAL = {"run_dir": "r", "model": {"name_or_path": "m"}, "context": {"context_length": 100}}

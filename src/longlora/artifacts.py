@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync([path.parent])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,17 +141,14 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        _sync(file for file in temporary.rglob("*") if file.is_file())
         if replace and path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(path.parent)
+    _sync([path.parent])
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
@@ -161,9 +158,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    for name in files:
-        with (folder / name).open("rb") as handle:
-            os.fsync(handle.fileno())
+    _sync(folder / name for name in files)
     write_json(folder / MANIFEST, {**facts, "files": files})
 
 
@@ -192,9 +187,11 @@ def _verify_file(path: Path, expected: dict[str, Any], remedy: str) -> None:
         raise RunFolderError(f"{path} does not match its sha256: {remedy}")
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(paths: Iterable[Path]) -> None:
+    """Bring files or folders to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

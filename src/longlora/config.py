@@ -7,7 +7,7 @@ This module imports neither torch nor transformers, so that a wrong key is repor
 from __future__ import annotations
 
 import contextlib
-import difflib
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from longlora.errors import RecipeError
+from longlora.hints import explain
 
 
 class _Section(BaseModel):
@@ -229,13 +230,18 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def build_recipe(values: dict[str, Any], overrides: Iterable[str] = (), source: str = "recipe") -> Recipe:
-    """Validate nested `values` after applying dotted `overrides`; raises `RecipeError` with a hint."""
+    """Validate nested `values`, which stay as they are, after applying dotted `overrides`.
+
+    Raises:
+        RecipeError: a key or value is not understood; the message names it and a remedy.
+    """
+    values = copy.deepcopy(values)
     for override in overrides:
         _apply_override(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error, source)) from None
+        raise RecipeError(explain(error, source, Recipe)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -263,44 +269,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {override!r}: {section} is a value, not a section")
         node = child
     node[leaf] = value
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    first = error.errors()[0]
-    # Branches of a union are pydantic's business, not the user's.
-    location = [str(part) for part in first["loc"] if "[" not in str(part)]
-    dotted = ".".join(location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{source}: unknown key {dotted}{_did_you_mean(location)}{more}"
-    if first["type"] == "missing":
-        return f"{source}: {dotted} is missing; add it to the recipe or give {dotted}=VALUE{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], dict):  # a rule about a whole section names its values itself
-        return f"{source}: {dotted}: {message}{more}"
-    return f"{source}: {dotted} = {first['input']!r}: {message}{more}"
-
-
-def _did_you_mean(location: list[str]) -> str:
-    known = leaf_keys(Recipe) + list(Recipe.model_fields)
-    dotted = ".".join(location)
-    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
-    if not close:  # the right name in the wrong section
-        close = [key for key in known if key.rsplit(".", 1)[-1] == location[-1]][:1]
-    if not close:
-        by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = difflib.get_close_matches(location[-1], by_leaf, n=1, cutoff=0.6)
-        close = [by_leaf[near[0]]] if near else []
-    return f"; did you mean {close[0]}?" if close else "; see recipes/ for the keys there are"
-
-
-def leaf_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all settings below `section`, for example ``train.steps``."""
-    keys: list[str] = []
-    for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += leaf_keys(annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys

@@ -1,7 +1,9 @@
 """Whole small runs: what is written, that it learns, that resuming is exact, and what a broken run leaves."""
 
+import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,12 +143,24 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(tmp_path: P
     train(recipe, QUIET)
 
 
+def spoil_loss(
+    monkeypatch: pytest.MonkeyPatch, micro_batch: int, spoil: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Put `spoil` on the loss of one micro batch, counted from 1 over the whole run."""
+    original = trainer_module.chunked_loss
+    calls = itertools.count(1)
+
+    def spoiled(*args: object) -> torch.Tensor:
+        loss = original(*args)
+        return spoil(loss) if next(calls) == micro_batch else loss
+
+    monkeypatch.setattr(trainer_module, "chunked_loss", spoiled)
+
+
 def test_a_gradient_that_is_no_number_stops_the_run(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_model_folder)
-    original = trainer_module.chunked_loss
-    calls = []
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -157,11 +171,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(
         def backward(ctx: object, *upstream: torch.Tensor) -> torch.Tensor:
             return upstream[0] * float("nan")
 
-    def breaks_later(*args: object) -> torch.Tensor:
-        calls.append(1)
-        return Poison.apply(original(*args)) if len(calls) == 12 else original(*args)
-
-    monkeypatch.setattr(trainer_module, "chunked_loss", breaks_later)
+    spoil_loss(monkeypatch, 12, Poison.apply)
     with pytest.raises(LongLoraError, match="gradient norm is nan in step 6"):
         train(recipe, QUIET)
     assert not RunFolder(recipe.run_path).adapter.exists()
@@ -171,14 +181,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_model_folder)
-    original = trainer_module.chunked_loss
-    calls = []
-
-    def breaks_later(*args: object) -> torch.Tensor:
-        calls.append(1)
-        return original(*args) * (float("nan") if len(calls) == 7 else 1.0)
-
-    monkeypatch.setattr(trainer_module, "chunked_loss", breaks_later)
+    spoil_loss(monkeypatch, 7, lambda loss: loss * float("nan"))
     with pytest.raises(LongLoraError, match="loss is nan in step 4: lower train.learning_rate"):
         train(recipe, QUIET)
     run = RunFolder(recipe.run_path)

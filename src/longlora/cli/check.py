@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -27,22 +26,28 @@ def check(
     settings = _model_config(model, overrides)
     import torch
 
-    from longlora.attention.check import check_model
+    from longlora.attention.check import CheckResult, check_model
     from longlora.attention.registry import use_full, use_s2
     from longlora.model.build import load_model
     from longlora.model.check import check_merge
 
     out = console()
-    done = failed = 0
+    passed: list[bool] = []
+
+    def show(result: CheckResult) -> None:
+        mark = "[green]ok  [/green]" if result.passed else "[red]FAIL[/red]"
+        out.print(f"{mark} {escape(f'{result.name}: {result.detail}')}", highlight=False)
+        passed.append(result.passed)
+
     loaded = load_model(settings, dtype=torch.float32)
     use_s2(loaded)  # a model that cannot use it at all is one line, not a list of failures
     use_full(loaded)
-    for result in itertools.chain(check_model(loaded), map(check_merge, [settings])):
-        done, failed = done + 1, failed + (not result.passed)
-        mark = "[green]ok  [/green]" if result.passed else "[red]FAIL[/red]"
-        out.print(f"{mark} {escape(f'{result.name}: {result.detail}')}", highlight=False)
-    if failed:
-        out.print(f"{failed} of {done} checks failed", highlight=False)
+    for result in check_model(loaded):
+        show(result)
+    del loaded  # the merge needs the memory
+    show(check_merge(settings))
+    if not all(passed):
+        out.print(f"{passed.count(False)} of {len(passed)} checks failed", highlight=False)
         raise typer.Exit(1)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from longlora.artifacts import RunFolder, write_atomic
 from longlora.config import Recipe, dump_recipe, load_recipe
+from longlora.errors import RecipeError
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe YAML, or a run folder that holds a recipe.yaml.")
@@ -25,7 +26,10 @@ def read_recipe(path: Path, overrides: Sequence[str] | None) -> Recipe:
     """The recipe of a YAML file, or of a run folder wherever that lies now, with overrides."""
     if not path.is_dir():
         return load_recipe(path, overrides or [])
-    return load_recipe(RunFolder(path).recipe, [f"run_dir={path}", *(overrides or [])])
+    if any(override.startswith("run_dir=") for override in overrides or []):
+        raise RecipeError(f"run_dir is {path} already, because a run folder was given: leave the override out")
+    recipe = load_recipe(RunFolder(path).recipe, overrides or [])
+    return recipe.model_copy(update={"run_dir": str(path)})
 
 
 def save_recipe(recipe: Recipe) -> None:

@@ -59,7 +59,7 @@ def filler_prompts(
 def hide_facts(
     encode: Encode, document: Sequence[int], lengths: Sequence[int], depths: Sequence[float], trial: int, seed: int
 ) -> Hidden:
-    """Hide one number for each of `depths` in the first `max(lengths)` tokens of `document`.
+    """Hide one number for each of `depths` in `document`, which loses as many tokens at its end as are put in.
 
     Depths are parts of the shortest length, so that every number is there to be asked for at every length.
 
@@ -68,41 +68,32 @@ def hide_facts(
     """
     if len(depths) > len(_NAMES):
         raise DataError(f"{len(depths)} depths: a document hides at most {len(_NAMES)} numbers, give fewer depths")
-    longest, shortest = max(lengths), min(lengths)
+    shortest = min(lengths)
     generator = random.Random(f"{seed}-{trial}")
     planted = []
     # Another name at each depth in every document, so that a name that is easy to find favours no depth.
     names = [_NAMES[(place + trial) % len(_NAMES)] for place in range(len(depths))]
     for depth, name in zip(sorted(depths), names, strict=True):
         key = str(generator.randint(10000, 99999))
-        planted.append(
-            (
-                max(1, round(depth * shortest)),
-                encode(f"\nThe {name} is {key}. Remember it. {key} is the {name}.\n"),
-                name,
-                key,
-            )
-        )
-    reserve = max(
-        len(_question(encode, name, key)[0]) + len(_question(encode, name, key)[1]) for *_, name, key in planted
-    )
+        planted.append((max(1, round(depth * shortest)), name, key))
+    asked = [_question(encode, name, key) for _, name, key in planted]
     tokens: list[int] = []
     scored: list[bool] = []
     used = 0
-    for position, sentence, _, _ in planted:
+    for position, name, key in planted:
+        sentence = _sentence(encode, name, key)
         text = document[used : used + max(0, position - len(tokens))]
         used += len(text)
         tokens += [*text, *sentence]
         scored += [True] * len(text) + [False] * len(sentence)
-    if len(tokens) + reserve > shortest:
+    if len(tokens) + max(len(question) + len(answer) for question, answer in asked) > shortest:
         raise DataError(f"passkey length {shortest} is too short for {len(depths)} hidden numbers; raise it")
-    text = document[used : used + longest - len(tokens)]
+    text = document[used : used + len(document) - len(tokens)]
     tokens += text
     scored += [True] * len(text)
     questions, facts = [], []
     for length in lengths:
-        for position, _, name, key in planted:
-            question, answer = _question(encode, name, key)
+        for (position, name, key), (question, answer) in zip(planted, asked, strict=True):
             questions.append(Question(length - len(question) - len(answer), tuple(question), tuple(answer)))
             facts.append({"length": length, "depth": position / length, "trial": trial, "name": name, "key": key})
     return Hidden(tokens, scored, questions, facts)
@@ -111,7 +102,7 @@ def hide_facts(
 def _filler_prompt(encode: Encode, before: Sequence[int], length: int, depth: float, trial: int, seed: int) -> Hidden:
     key = str(random.Random(f"{seed}-{length}-{depth}-{trial}").randint(10000, 99999))
     task = [*before, *encode(_TASK)]
-    sentence = encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
+    sentence = _sentence(encode, "pass key", key)
     question, answer = _question(encode, "pass key", key)
     room = length - len(task) - len(sentence) - len(question) - len(answer)
     if room < 0:
@@ -123,6 +114,10 @@ def _filler_prompt(encode: Encode, before: Sequence[int], length: int, depth: fl
     asked = Question(len(tokens), tuple(question), tuple(answer))
     fact: dict[str, object] = {"length": length, "depth": depth, "trial": trial, "name": "pass key", "key": key}
     return Hidden(tokens, [False] * len(tokens), [asked], [fact])
+
+
+def _sentence(encode: Encode, name: str, key: str) -> list[int]:
+    return encode(f"\nThe {name} is {key}. Remember it. {key} is the {name}.\n")
 
 
 def _question(encode: Encode, name: str, key: str) -> tuple[list[int], list[int]]:

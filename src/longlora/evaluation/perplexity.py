@@ -42,9 +42,14 @@ def press_windows(tokens: int, context_length: int, stride: int) -> list[Window]
     return windows
 
 
+def first_window(context_lengths: Sequence[int], tokens_per_document: int | None) -> int:
+    """Tokens of the longest window that begins where a document begins."""
+    return max(min(context_length, tokens_per_document or context_length) for context_length in context_lengths)
+
+
 def document_rows(
     name: str,
-    tokens: Sequence[int],
+    first_losses: Tensor,
     scored: Sequence[bool],
     context_lengths: Sequence[int],
     stride: int | None,
@@ -54,13 +59,14 @@ def document_rows(
     """Rows of one document: one for each context length, and the loss by position at the longest.
 
     Args:
-        scored: whether a token counts; false for tokens that were put in by an evaluation.
+        first_losses: losses [first_window] of a reading of the document from its beginning.
+        scored: for each token of the document, whether it counts; false for those that an evaluation put in.
         tokens_per_document: tokens of the document that are scored; the context length itself if None.
-        losses_of: (start, stop) -> losses [stop - start] of a fresh reading of these tokens. A window that begins where
-            a longer one begins is not read again: with full attention its losses are the same.
+        losses_of: (start, stop) -> losses [stop - start] of a fresh reading of these tokens, for the other windows. One
+            that begins where a longer one begins is not read again: with full attention its losses are the same.
     """
     counts = torch.tensor(scored)
-    read: dict[int, Tensor] = {}
+    read = {0: first_losses}
 
     def losses(window: Window) -> Tensor:
         known = read.get(window.start)
@@ -70,7 +76,7 @@ def document_rows(
 
     rows = []
     for context_length in sorted(context_lengths, reverse=True):
-        total = min(len(tokens), tokens_per_document or context_length)
+        total = min(len(scored), tokens_per_document or context_length)
         advance = min(stride or context_length, context_length)
         windows = press_windows(total, context_length, advance)
         parts = [_part(losses(window), counts, window) for window in windows]
@@ -90,11 +96,10 @@ def document_rows(
                 "tail_loss": tail.double().mean().item() if len(tail) else None,
             }
         )
-    longest = read[0]
     positions = []
-    for start in range(0, len(longest), _BUCKET_TOKENS):
-        stop = min(start + _BUCKET_TOKENS, len(longest))
-        part = longest[start:stop][counts[start:stop]]
+    for start in range(0, len(first_losses), _BUCKET_TOKENS):
+        stop = min(start + _BUCKET_TOKENS, len(first_losses))
+        part = first_losses[start:stop][counts[start:stop]]
         part = part[~part.isnan()]
         if len(part):
             mean = part.double().mean().item()

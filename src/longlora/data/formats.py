@@ -1,0 +1,213 @@
+"""One reader for each kind of file and for datasets: names and raw texts out, streamed.
+
+Nothing is left out here; `documents.py` decides what is empty or undecodable.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longlora.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TEXT_SUFFIXES = (".txt", ".md")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+
+_BATCH_ROWS = 64  # a row may be a whole book
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Raw = tuple[str, str | bytes | None]
+"""A name and its text; bytes are not decoded yet, None is a missing value."""
+Reader = Callable[[str], Iterator[Raw]]
+"""Text field -> names and texts of one file or dataset."""
+
+
+def decode(raw: str | bytes | None) -> str | None:
+    """The text, empty for a missing value; None if it is not UTF-8 or holds half a surrogate pair, as JSON may."""
+    if raw is None:
+        return ""
+    if isinstance(raw, str):
+        return None if _SURROGATE.search(raw) else raw
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+
+
+def file_reader(path: Path, name: str) -> Reader:
+    """The reader of one file by its suffix; `DataError` for an unknown one."""
+    suffix = path.suffix.lower()
+    if suffix in TEXT_SUFFIXES:
+        return lambda text_field: _read_text(path, name[: -len(suffix)])
+    if suffix == ".jsonl":
+        return lambda text_field: _read_jsonl(path, name, text_field)
+    if suffix == ".parquet":
+        return lambda text_field: _read_parquet(path, name, text_field)
+    raise DataError(f"{path} has an unknown type {path.suffix!r}: known are {', '.join(SUFFIXES)}")
+
+
+def _read_text(path: Path, name: str) -> Iterator[Raw]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    yield name, content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _read_jsonl(path: Path, name: str, text_field: str) -> Iterator[Raw]:
+    for number, line in _lines(path):
+        text = decode(line)
+        if text is None:
+            yield f"{name}:{number}", line  # undecodable: left out and named like everything else
+        elif not text.isspace():
+            yield f"{name}:{number}", _json_field(text, text_field, f"{path}:{number}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as handle:
+            yield from enumerate(handle, start=1)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _json_field(line: str, text_field: str, place: str) -> str | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not valid JSON ({error}): write one JSON object on each line") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{place} holds a JSON {type(record).__name__}: write one JSON object on each line")
+    if text_field not in record:
+        raise _missing_field(place, text_field, record)
+    value = record[text_field]
+    if value is not None and not isinstance(value, str):
+        raise _not_text(place, text_field, type(value).__name__)
+    return value
+
+
+def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[Raw]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                raise _missing_field(str(path), text_field, file.schema_arrow.names)
+            columns = (batch.column(0) for batch in file.iter_batches(_BATCH_ROWS, columns=[text_field]))
+            yield from _rows(columns, name, text_field, str(path))
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(
+            f"{path} is not a whole parquet file ({_one_line(error)}): write or download it again"
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _rows(
+    columns: Iterable[pyarrow.Array | pyarrow.ChunkedArray], name: str, text_field: str, place: str
+) -> Iterator[Raw]:
+    """Rows of a text column that comes in batches, as bytes: Arrow does not promise that its strings are UTF-8."""
+    import pyarrow
+
+    row = 0
+    for column in columns:
+        try:
+            values = column.cast(pyarrow.large_binary())
+        except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
+            raise _not_text(place, text_field, str(column.type)) from None
+        for value in values:
+            yield f"{name}:{row}", value.as_py()
+            row += 1
+
+
+def saved_dataset_reader(folder: Path) -> Reader:
+    """The reader of a folder saved with ``datasets.save_to_disk``."""
+
+    def read(text_field: str) -> Iterator[Raw]:
+        import datasets
+
+        try:
+            dataset = datasets.load_from_disk(str(folder))
+        except Exception as error:  # datasets raises many kinds for a damaged folder
+            raise DataError(f"saved dataset {folder} cannot be loaded ({_one_line(error)}): save it again") from error
+        if isinstance(dataset, datasets.DatasetDict):
+            splits = list(dataset)
+            if "train" not in splits:
+                raise DataError(
+                    f"saved dataset {folder} has no split 'train', it has {_quoted(splits)}: give FOLDER/SPLIT"
+                )
+            dataset = dataset["train"]
+        yield from _dataset_rows(dataset, folder.resolve().name, text_field, str(folder))
+
+    return read
+
+
+def hub_reader(source: str) -> Reader:
+    """The reader of a hub dataset ``id`` or ``id:split``; `DataError` if `source` cannot be an id."""
+    name, _, split = source.partition(":")
+    split = split or "train"
+    if not _HUB_ID.fullmatch(name) or Path(name).suffix.lower() in SUFFIXES:
+        raise DataError(
+            f"{source} does not exist: give a file, a folder or the id of a dataset on the Hugging Face hub"
+        )
+
+    def read(text_field: str) -> Iterator[Raw]:
+        import datasets
+
+        try:
+            dataset = datasets.load_dataset(name, split=split)
+        except Exception as error:  # datasets raises many kinds: no such id or split, no network, needs remote code
+            raise DataError(
+                f"{source} does not exist here and cannot be loaded from the Hugging Face hub with split {split!r} "
+                f"({_one_line(error)}): give an existing path, an id with its split as ID:SPLIT, or local files"
+            ) from error
+        yield from _dataset_rows(dataset, f"{name}:{split}", text_field, f"dataset {name}")
+
+    return read
+
+
+def _dataset_rows(dataset: Any, name: str, text_field: str, place: str) -> Iterator[Raw]:
+    if text_field not in dataset.column_names:
+        raise _missing_field(place, text_field, dataset.column_names)
+    tables = dataset.select_columns([text_field]).with_format("arrow").iter(batch_size=_BATCH_ROWS)
+    yield from _rows((table.column(0) for table in tables), name, text_field, place)
+
+
+def _missing_field(place: str, text_field: str, fields: Iterable[str]) -> DataError:
+    has = _quoted(fields) or "none"
+    return DataError(
+        f"{place} has no field {text_field!r}, its fields are {has}: set data.text_field=NAME to one of its fields"
+    )
+
+
+def _not_text(place: str, text_field: str, kind: str) -> DataError:
+    return DataError(
+        f"{place}: field {text_field!r} is {kind}, not text: set data.text_field=NAME to a field with text"
+    )
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a path that the operating system does not let us read."""
+    reason = error.strerror or _one_line(error)
+    return DataError(f"{error.filename or path} cannot be read ({reason}): check its permissions and the disk")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def any_of(suffixes: Sequence[str]) -> str:
+    """``.a, .b or .c``."""
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
