@@ -16,11 +16,13 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    masking_utils,
 )
 
 import longlora
+from longlora.attention.backends import choose_backend
 from longlora.attention.check import check_model
-from longlora.attention.registry import is_sparse
+from longlora.attention.registry import describe_attention, is_sparse
 from longlora.errors import LongLoraError
 
 
@@ -45,12 +47,12 @@ def test_check_finds_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.Mo
     from longlora.attention import registry
     from longlora.attention.rolled import rolled_attention
 
-    def leaky(q, k, v, bounds, pattern, scaling, dropout):
+    def leaky(q, k, v, bounds, pattern, *, scaling, **_):
         extra = -q.shape[2] % pattern.group_size
         q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (q, k, v))
         return rolled_attention(q, k, v, pattern.group_size, scaling)[:, : q.shape[2] - extra]
 
-    monkeypatch.setattr(registry, "grouped_attention", leaky)
+    monkeypatch.setattr(registry, "attend", leaky)
     failed = {result.name for result in check_model(tiny_llama) if not result.passed}
     assert "no token sees a later one" in failed
     assert "packed documents do not see each other" in failed
@@ -59,12 +61,12 @@ def test_check_finds_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.Mo
 def test_check_finds_a_switch_that_does_nothing(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from longlora.attention import registry
 
-    def full(q, k, v, bounds, pattern, scaling, dropout):
+    def full(q, k, v, bounds, pattern, *, scaling, **_):
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=True
         ).transpose(1, 2)
 
-    monkeypatch.setattr(registry, "grouped_attention", full)
+    monkeypatch.setattr(registry, "attend", full)
     failed = {result.name for result in check_model(tiny_llama) if not result.passed}
     assert "sparse attention is in effect" in failed
 
@@ -146,7 +148,7 @@ def test_a_model_with_windows_only_is_refused_because_nothing_would_change() -> 
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, sliding_window=6,
     )  # fmt: skip
-    with pytest.raises(LongLoraError, match="all layers of model type 'mistral' have a sliding window"):
+    with pytest.raises(LongLoraError, match="all layers of model type 'mistral' have a window"):
         longlora.use_s2(MistralForCausalLM(config), group_size=8)
 
 
@@ -203,16 +205,125 @@ def test_a_model_without_attention_interface_is_refused() -> None:
         longlora.use_s2(torch.nn.Linear(2, 2), group_size=8)
 
 
-def test_what_s2_does_not_compute_is_refused_before_training() -> None:
+def test_what_s2_does_not_compute_is_refused_and_not_ignored(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    longlora.use_s2(tiny_llama, group_size=8)
+    with pytest.raises(LongLoraError, match="LlamaAttention has a learned position bias"):
+        logits(tiny_llama.train(), ids, position_bias=torch.zeros(1))
+    with pytest.raises(LongLoraError, match="LlamaAttention has attention to later tokens"):
+        logits(tiny_llama, ids, is_causal=False)
+
+
+def test_a_mask_that_is_more_than_causal_is_refused(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Some models let a prefix see all of itself, which a list of document bounds cannot say."""
+    longlora.use_s2(tiny_llama, group_size=8)
+    tiny_llama.train()
+    original = masking_utils.causal_mask_function
+
+    def prefix(batch: int, head: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return original(batch, head, query, key) | ((query < 9) & (key < 9))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masking_utils, "causal_mask_function", prefix)
+        with pytest.raises(LongLoraError, match="mask is more than causal attention"):
+            logits(tiny_llama, ids)
+    logits(tiny_llama, ids)
+
+
+def make_gemma2() -> Gemma2ForCausalLM:
+    """Two layers, one with a window; soft-capped scores."""
+    torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8,
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=6, initializer_range=0.2, attn_logit_softcapping=2.0,
     )  # fmt: skip
-    model = Gemma2ForCausalLM(config)
-    before = model.config._attn_implementation
-    with pytest.raises(LongLoraError, match="'gemma2' has soft-capped scores"):
-        longlora.use_s2(model, group_size=8)
-    assert model.config._attn_implementation == before
+    return Gemma2ForCausalLM(config).eval()
+
+
+def test_evaluation_of_a_model_with_eager_attention_is_its_own(ids: torch.Tensor) -> None:
+    """Soft caps exist in Gemma 2's eager code alone."""
+    model = make_gemma2()
+    before = logits(model, ids)
+    longlora.use_s2(model, group_size=4, sink_tokens=1)
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+    with_cache = model.generate(ids, max_new_tokens=4, do_sample=False)
+    longlora.use_full(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), with_cache)
+
+
+def sparse_hidden_states(model: torch.nn.Module, ids: torch.Tensor, **settings: object) -> list[torch.Tensor]:
+    longlora.use_s2(model, group_size=4, sink_tokens=1, **settings)
+    with torch.no_grad():
+        return list(model.train()(input_ids=ids, output_hidden_states=True).hidden_states)
+
+
+def test_chosen_layers_are_trained_with_full_attention(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        full = list(tiny_llama.train()(input_ids=ids, output_hidden_states=True).hidden_states)
+    sparse = sparse_hidden_states(tiny_llama, ids)
+    first_full = sparse_hidden_states(tiny_llama, ids, full_attention_layers=[0])
+    assert not torch.allclose(sparse[1], full[1])
+    torch.testing.assert_close(first_full[1], full[1])
+    assert not torch.allclose(first_full[2], full[2])
+    torch.testing.assert_close(sparse_hidden_states(tiny_llama, ids, full_attention_layers="all"), full)
+    with pytest.raises(LongLoraError, match=r"full_attention_layers=\[7\]: the model has attention layers 0 to"):
+        longlora.use_s2(tiny_llama, group_size=4, sink_tokens=1, full_attention_layers=[0, 7])
+
+
+def test_shift_between_layers_alternates_over_the_sparse_layers() -> None:
+    config = Qwen2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=6,
+        layer_types=["full_attention", "sliding_attention"] * 3,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    longlora.use_s2(model, group_size=8, sink_tokens=2, shift="layers")
+    shifts = [layer.self_attn.longlora_s2.pattern.shift for layer in model.model.layers]
+    assert [shifts[0], shifts[2], shifts[4]] == ["none", "all", "none"]
+    assert describe_attention(model) == (
+        "sparse in layers 0, 2, 4 (groups of 8, 2 sink tokens, shifted in every other layer), "
+        "own window in layers 1, 3, 5; backend grouped"
+    )
+    longlora.use_s2(model, group_size=8, shift="none")
+    assert {layer.self_attn.longlora_s2.pattern.shift for layer in model.model.layers} == {"none"}
+    with pytest.raises(LongLoraError, match="shift='tokens': must be one of heads, layers, none"):
+        longlora.use_s2(model, group_size=8, shift="tokens")
+
+
+@pytest.mark.parametrize("settings", [{"shift": "layers"}, {"shift": "none"}, {"full_attention_layers": [1]}], ids=str)
+def test_no_setting_leaks(tiny_llama: LlamaForCausalLM, ids: torch.Tensor, settings: dict[str, object]) -> None:
+    before = sparse_hidden_states(tiny_llama, ids, **settings)[-1]
+    for position in range(1, ids.shape[1]):
+        changed = ids.clone()
+        changed[:, position] = (changed[:, position] + 1) % 128
+        after = sparse_hidden_states(tiny_llama, changed, **settings)[-1]
+        torch.testing.assert_close(after[:, :position], before[:, :position])
+        assert not torch.allclose(after[:, position], before[:, position])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA says")
+@pytest.mark.parametrize("backend", ["varlen", "flex"])
+def test_a_backend_that_the_machine_lacks_is_refused(tiny_llama: LlamaForCausalLM, backend: str) -> None:
+    with pytest.raises(
+        LongLoraError, match=f"backend={backend} needs a CUDA device.*set the backend to grouped or auto"
+    ):
+        longlora.use_s2(tiny_llama, group_size=8, backend=backend)
+    with pytest.raises(LongLoraError, match="backend='fast' is unknown: give one of auto, grouped, varlen, flex"):
+        longlora.use_s2(tiny_llama, group_size=8, backend="fast")
+    assert tiny_llama.config._attn_implementation != "s2_attn"
+
+
+def test_the_choice_of_a_backend() -> None:
+    def choice(device: str, dtype: torch.dtype, **needs: bool) -> str:
+        return choose_backend("auto", torch.device(device), dtype, **needs)
+
+    assert choice("cpu", torch.bfloat16) == "grouped"
+    assert choice("cuda", torch.bfloat16) == "varlen"
+    assert choice("cuda", torch.float16, softcap=True) == "flex"
+    assert choice("cuda", torch.float16, learned_sinks=True) == "flex"
+    assert choice("cuda", torch.float32) == "flex"
+    assert choice("cuda", torch.bfloat16, dropout=True) == "grouped"
+    with pytest.raises(LongLoraError, match="backend=varlen needs bfloat16 or float16, and this is float32 on cuda"):
+        choose_backend("varlen", torch.device("cuda"), torch.float32)
 
 
 def test_the_attention_from_before_comes_back(ids: torch.Tensor) -> None:

@@ -18,17 +18,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 from longlora.errors import ModelError
+
+Shift = Literal["half", "all", "none"]
+"""Which query heads of a layer use the shifted grid: the last half (the paper), all of them, or none."""
 
 
 @dataclass(frozen=True)
 class S2Pattern:
-    """Settings of shifted sparse attention.
+    """Settings of shifted sparse attention in one layer.
 
     Args:
-        group_size: tokens in a group; even, at least 2.
+        group_size: tokens in a group; at least 2, and even where heads are shifted.
         sink_tokens: leading tokens of each document that all its later tokens may attend to; less than `group_size`.
+        shift: which heads use the grid that is shifted by half a group.
 
     Raises:
         ModelError: a value is out of range.
@@ -36,9 +41,10 @@ class S2Pattern:
 
     group_size: int
     sink_tokens: int = 0
+    shift: Shift = "half"
 
     def __post_init__(self) -> None:
-        if self.group_size < 2 or self.group_size % 2:
+        if self.group_size < 2 or (self.group_size % 2 and self.shift != "none"):
             raise ModelError(
                 f"group_size={self.group_size}: must be an even number of at least 2, because groups shift by half"
             )
@@ -46,44 +52,74 @@ class S2Pattern:
             raise ModelError(
                 f"sink_tokens={self.sink_tokens}: must be at least 0 and less than group_size={self.group_size}"
             )
+        if self.shift not in get_args(Shift):
+            raise ModelError(f"shift={self.shift!r} of a layer: must be one of {', '.join(get_args(Shift))}")
+
+
+@dataclass(frozen=True)
+class WindowPattern:
+    """The pattern of a layer with a sliding window: a token sees the last `size` tokens up to itself, in all heads."""
+
+    size: int
+
+
+Pattern = S2Pattern | WindowPattern
+
+# A block of a window layer reads size + window keys: small blocks waste little, large ones make fewer calls.
+_MIN_WINDOW_BLOCK, _MAX_WINDOW_BLOCK = 16, 512
+
+FULL = S2Pattern(group_size=2**62, shift="none")
+"""Full attention inside each document: no document is longer than one group."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """`count` neighbouring segments of `size` tokens from `start` on, each seeing the first `sinks` tokens as well.
+    """`count` neighbouring segments of `size` tokens from `start` on, causal inside.
 
-    Positions count from the beginning of the document.
+    Each segment sees the first `sinks` tokens of the document as well. With a `history` (one segment only) a query also
+    sees earlier keys: those less than `history` + 1 tokens before it. Positions count from the beginning of the
+    document.
     """
 
     start: int
     size: int
     count: int
-    sinks: int
+    sinks: int = 0
+    history: int = 0
 
     @property
     def stop(self) -> int:
         return self.start + self.size * self.count
 
 
-def shifted_heads(num_heads: int) -> int:
-    """How many of the last query heads use the shifted grid: half, rounded down."""
-    return num_heads // 2
+def shifted_heads(num_heads: int, shift: Shift = "half") -> int:
+    """How many of the last query heads use the shifted grid; half is rounded down."""
+    return {"half": num_heads // 2, "all": num_heads, "none": 0}[shift]
 
 
-def may_attend(query: int, key: int, length: int, pattern: S2Pattern, *, shifted: bool) -> bool:
+def pattern_shift(pattern: Pattern) -> Shift:
+    """Which heads are shifted; a window has none."""
+    return pattern.shift if isinstance(pattern, S2Pattern) else "none"
+
+
+def may_attend(query: int, key: int, length: int, pattern: Pattern, *, shifted: bool) -> bool:
     """Whether position `query` sees position `key` in a document of `length` tokens: the definition of the pattern."""
     if key > query:
         return False
+    if isinstance(pattern, WindowPattern):
+        return key > query - pattern.size
     if length <= pattern.group_size or key < pattern.sink_tokens:
         return True
     offset = pattern.group_size // 2 if shifted else 0
     return (query + offset) // pattern.group_size == (key + offset) // pattern.group_size
 
 
-def runs(length: int, pattern: S2Pattern, *, shifted: bool) -> list[Run]:
+def runs(length: int, pattern: Pattern, *, shifted: bool) -> list[Run]:
     """Cut a document of `length` tokens into runs of equal segments, in order and without gaps."""
+    if isinstance(pattern, WindowPattern):
+        return _window_runs(length, pattern.size)
     if length <= pattern.group_size:
-        return [Run(0, length, 1, 0)] if length else []
+        return [Run(0, length, 1)] if length else []
     first = pattern.group_size // 2 if shifted else pattern.group_size
     cuts = [0, *range(first, length, pattern.group_size), length]
     merged: list[Run] = []
@@ -97,34 +133,45 @@ def runs(length: int, pattern: S2Pattern, *, shifted: bool) -> list[Run]:
     return merged
 
 
+def _window_runs(length: int, window: int) -> list[Run]:
+    """The first `window` tokens see all before them; what follows is cut into blocks with a history."""
+    if window == 1:  # a token sees itself
+        return [Run(0, 1, length)] if length else []
+    block = min(max(window // 2, _MIN_WINDOW_BLOCK), _MAX_WINDOW_BLOCK)
+    first = [Run(0, min(window, length), 1)] if length else []
+    later = range(window, length, block)
+    return first + [Run(start, min(block, length - start), 1, history=window - 1) for start in later]
+
+
 @dataclass(frozen=True)
 class HeadSlice:
     """Neighbouring query heads on one grid that share the same ratio of query to key/value heads."""
 
+    query_start: int
     query_heads: int
     kv_start: int
     kv_heads: int
     shifted: bool
 
 
-def head_slices(query_heads: int, kv_heads: int) -> list[HeadSlice]:
+def head_slices(query_heads: int, kv_heads: int, shift: Shift = "half") -> list[HeadSlice]:
     """Cut the query heads into slices, in order, so that no key/value head needs to be copied.
 
     The border between unshifted and shifted heads may fall inside the query heads that share one key/value head
     (9 query and 3 key/value heads: border after 5); that key/value head then appears in two slices.
 
-    >>> [(s.query_heads, s.kv_start, s.kv_heads, s.shifted) for s in head_slices(9, 3)]
-    [(3, 0, 1, False), (2, 1, 1, False), (1, 1, 1, True), (3, 2, 1, True)]
+    >>> [(s.query_start, s.query_heads, s.kv_start, s.kv_heads, s.shifted) for s in head_slices(9, 3)]
+    [(0, 3, 0, 1, False), (3, 2, 1, 1, False), (5, 1, 1, 1, True), (6, 3, 2, 1, True)]
     """
     share = query_heads // kv_heads
-    border = query_heads - shifted_heads(query_heads)
+    border = query_heads - shifted_heads(query_heads, shift)
     whole, part = divmod(border, share)
-    after = kv_heads - whole - (part > 0)
+    next_whole = whole + (part > 0)
     slices = [
-        HeadSlice(whole * share, 0, whole, False),
-        HeadSlice(part, whole, int(part > 0), False),
-        HeadSlice(share - part if part else 0, whole, int(part > 0), True),
-        HeadSlice(after * share, kv_heads - after, after, True),
+        HeadSlice(0, whole * share, 0, whole, False),
+        HeadSlice(whole * share, part, whole, 1, False),
+        HeadSlice(border, share - part if part else 0, whole, 1, True),
+        HeadSlice(next_whole * share, query_heads - next_whole * share, next_whole, kv_heads - next_whole, True),
     ]
     return [piece for piece in slices if piece.query_heads]
 

@@ -1,0 +1,261 @@
+"""Shifted sparse attention on the CPU by torch's flash kernel, with hand-written gradients: nothing is copied twice.
+
+B batch, T tokens, H query heads, K key/value heads, D head dim, N segments, S tokens per segment, X any heads.
+
+The kernel is the one behind `scaled_dot_product_attention`. Called directly it also returns the logarithm of the sum of
+exponentials, from which its own backward computes exact gradients; so each piece of the output, and of a gradient, goes
+into its place once. Autograd's zero-filled slices and concatenations cost up to a quarter of the time otherwise
+(benchmarks/bench_attention.py).
+
+The kernel gives one (segment, key/value head) to a thread, so all segments of a size are one call. Sink tokens stand in
+front of each segment. The first segment of a document begins with the sinks anyway; to be as long as the others it gets
+the tokens after it, which come last, change nothing before them, and are dropped::
+
+    first segment    0 1 2 3 4 5 6 7 | 8 9         outputs of 8 and 9 dropped
+    next segment     0 1 | 8 9 10 11 12 13 14 15   outputs of 0 and 1 dropped
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longlora.attention.masks import window_mask
+from longlora.attention.pattern import HeadSlice, Pattern, Run, head_slices, pattern_shift, runs
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# With fewer segments than this for one key/value head, the query heads that share it are given to threads one by one.
+_FEW_SEGMENTS = 64
+
+
+def cpu_flash_attention(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    bounds_B: Sequence[Sequence[int]],
+    pattern: Pattern,
+    *,
+    scaling: float | None = None,
+    sink_logits_H: Tensor | None = None,
+) -> Tensor:
+    """Like `grouped_attention`, for tensors on the CPU, without dropout and soft cap; [B, T, H, D of the values]."""
+    width, value_width = q_BHTD.shape[-1], v_BKTD.shape[-1]
+    scaling = width**-0.5 if scaling is None else scaling
+    if width != value_width:  # the kernel wants one head dim; zeros change neither scores nor the outputs that are kept
+        widest = max(width, value_width)
+        q_BHTD, k_BKTD, v_BKTD = (F.pad(x, (0, widest - x.shape[-1])) for x in (q_BHTD, k_BKTD, v_BKTD))
+    q_BHTD, k_BKTD, v_BKTD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD, k_BKTD, v_BKTD))
+    slices = head_slices(q_BHTD.shape[1], k_BKTD.shape[1], pattern_shift(pattern))
+    pieces = list(_pieces(bounds_B, pattern, slices))
+    out_BTHD: Tensor = _PieceAttention.apply(q_BHTD, k_BKTD, v_BKTD, sink_logits_H, pieces, scaling)  # type: ignore[no-untyped-call]
+    return out_BTHD[..., :value_width]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One call of the kernel: `count` segments of `size` tokens, `step` apart, in one slice of heads of one document.
+
+    Positions count from the beginning of the document.
+    """
+
+    row: int
+    document: int
+    heads: HeadSlice
+    start: int
+    size: int
+    step: int
+    count: int
+    sinks: int
+    history: int
+
+    @property
+    def first(self) -> int:
+        """1 if sinks stand in front of all segments but the first one, which is that of the document."""
+        return int(self.sinks > 0 and self.start == 0)
+
+    def queries(self, x_BHTD: Tensor) -> Tensor:
+        """The segments of queries, outputs or their gradients as a view [N, X, S, D]."""
+        return self._segments(self._query_heads(x_BHTD), 0)
+
+    def keys(self, x_BKTD: Tensor, history: int = 0) -> Tensor:
+        """The segments of keys, values or their gradients as a view [N, X, S + history, D]."""
+        return self._segments(self._kv_heads(x_BKTD), history)
+
+    def queries_with_sinks(self, x_BHTD: Tensor) -> Tensor:
+        """What the kernel reads as queries [N, X, sinks + S, D]: a view without sinks, a copy with them."""
+        return self._with_sinks(self._query_heads(x_BHTD), 0)
+
+    def keys_with_sinks(self, x_BKTD: Tensor) -> Tensor:
+        """What the kernel reads as keys or values [N, X, sinks + S or S + history, D]."""
+        return self._with_sinks(self._kv_heads(x_BKTD), self.history)
+
+    def sink_keys(self, x_BKTD: Tensor) -> Tensor:
+        """Keys, values or their gradients of the sink tokens as a view [X, sinks, D]."""
+        return self._kv_heads(x_BKTD)[:, : self.sinks]
+
+    def own(self, target_NXSD: Tensor, source_NXSD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of `target`, and what the kernel made of them: `source` without sinks and dropped tokens."""
+        if self.first:
+            yield target_NXSD[0], source_NXSD[0, :, : self.size]
+        yield target_NXSD[self.first :], source_NXSD[self.first :, :, self.sinks :]
+
+    def zeros_for_sinks(self, x_BHTD: Tensor) -> Tensor:
+        """The opposite of `own` for outputs or their gradients: zeros stand for sinks and dropped tokens."""
+        x_NXSD = self.queries(x_BHTD)
+        if not self.sinks:
+            return x_NXSD
+        padded = F.pad(x_NXSD, (0, 0, self.sinks, 0))
+        if self.first:
+            padded[0, :, : self.size].copy_(x_NXSD[0])
+            padded[0, :, self.size :] = 0.0
+        return padded
+
+    def _query_heads(self, x_BHTD: Tensor) -> Tensor:
+        heads = slice(self.heads.query_start, self.heads.query_start + self.heads.query_heads)
+        return x_BHTD[self.row, heads, self.document :]
+
+    def _kv_heads(self, x_BKTD: Tensor) -> Tensor:
+        heads = slice(self.heads.kv_start, self.heads.kv_start + self.heads.kv_heads)
+        return x_BKTD[self.row, heads, self.document :]
+
+    def _segments(self, x_XTD: Tensor, history: int) -> Tensor:
+        stop = self.start + self.step * (self.count - 1) + self.size
+        x_XNDS = x_XTD[:, self.start - history : stop].unfold(1, self.size + history, self.step)
+        return x_XNDS.permute(1, 0, 3, 2)
+
+    def _with_sinks(self, x_XTD: Tensor, history: int) -> Tensor:
+        x_NXSD = self._segments(x_XTD, history)
+        if not self.sinks:
+            return x_NXSD
+        N, X, S, D = x_NXSD.shape
+        padded = x_XTD.new_empty(N, X, self.sinks + S, D)
+        padded[self.first :, :, : self.sinks] = x_XTD[:, : self.sinks]
+        padded[self.first :, :, self.sinks :] = x_NXSD[self.first :]
+        if self.first:
+            padded[0] = x_XTD[:, : self.sinks + S]
+        return padded
+
+
+def _pieces(bounds_B: Sequence[Sequence[int]], pattern: Pattern, slices: list[HeadSlice]) -> Iterator[_Piece]:
+    for row, bounds in enumerate(bounds_B):
+        for document, stop in itertools.pairwise(bounds):
+            for heads in slices:
+                for run, step in _calls(runs(stop - document, pattern, shifted=heads.shifted)):
+                    yield _Piece(row, document, heads, run.start, run.size, step, run.count, run.sinks, run.history)
+
+
+def _calls(cut: list[Run]) -> list[tuple[Run, int]]:
+    """Runs that are one call, with the distance between the starts of their segments.
+
+    The first segment joins the run of its size: the next one without a shift, the last one with it.
+    """
+    calls = [(run, run.size) for run in cut]
+    for place, other in enumerate(cut[1:], 1):
+        room = other.stop - cut[0].size >= other.sinks  # tokens after the first segment, to make it as long
+        if cut[0].count == 1 and other.size == cut[0].size and not other.history and room:
+            spread = other.count == 1 or other.start == cut[0].stop
+            if spread:
+                joined = Run(0, other.size, other.count + 1, other.sinks)
+                return [(joined, other.start), *calls[1:place], *calls[place + 1 :]]
+    return calls
+
+
+class _PieceAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_logits_H: Tensor | None, pieces: list[_Piece], scaling: float
+    ) -> Tensor:
+        B, H, T, D = q.shape
+        out_BTHD = q.new_zeros(B, T, H, D) if _has_gaps(pieces, q) else q.new_empty(B, T, H, D)
+        out_BHTD = out_BTHD.transpose(1, 2)
+        sums = []
+        masks: dict[int, Tensor] = {}
+        for piece in pieces:
+            queries, keys, values = _inputs(piece, q, k, v)
+            mask = _mask(piece, q, masks)
+            out_NXSD, sum_NXS = _forward(queries, keys, values, 0.0, mask is None, attn_mask=mask, scale=scaling)
+            if sink_logits_H is not None:
+                more_NXS = torch.logaddexp(sum_NXS, _logits(piece, sink_logits_H, sum_NXS))
+                out_NXSD = out_NXSD * (sum_NXS - more_NXS).exp()[..., None].to(out_NXSD.dtype)
+                sum_NXS = more_NXS
+            for part, made in piece.own(piece.queries(out_BHTD), out_NXSD):
+                part.copy_(made)
+            sums.append(sum_NXS)
+        ctx.pieces, ctx.scaling = pieces, scaling
+        ctx.save_for_backward(q, k, v, sink_logits_H, out_BTHD, *sums)
+        return out_BTHD
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sink_logits_H, out_BTHD, *sums = ctx.saved_tensors
+        out, grad = out_BTHD.transpose(1, 2), grad_outputs[0].transpose(1, 2)
+        q_grad = torch.zeros_like(q) if _has_gaps(ctx.pieces, q) else torch.empty_like(q)
+        k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
+        logits_grad = None if sink_logits_H is None else torch.zeros_like(sink_logits_H)
+        masks: dict[int, Tensor] = {}
+        for piece, sum_NXS in zip(ctx.pieces, sums, strict=True):
+            mask = _mask(piece, q, masks)
+            grad_NXSD, out_NXSD = piece.zeros_for_sinks(grad), piece.zeros_for_sinks(out)
+            grads = _backward(
+                grad_NXSD, *_inputs(piece, q, k, v), out_NXSD, sum_NXS, 0.0, mask is None,
+                attn_mask=mask, scale=ctx.scaling,
+            )  # fmt: skip
+            for part, made in piece.own(piece.queries(q_grad), grads[0]):
+                part.copy_(made)
+            _add_to_keys(piece, k_grad, grads[1])
+            _add_to_keys(piece, v_grad, grads[2])
+            if logits_grad is not None:
+                delta_NXS = (grad_NXSD * out_NXSD).sum(-1, dtype=sum_NXS.dtype)
+                share_NXS = (_logits(piece, sink_logits_H, sum_NXS) - sum_NXS).exp()
+                first = piece.heads.query_start
+                logits_grad[first : first + piece.heads.query_heads] -= (share_NXS * delta_NXS).sum((0, 2))
+        return q_grad, k_grad, v_grad, logits_grad, None, None
+
+
+def _mask(piece: _Piece, like: Tensor, made: dict[int, Tensor]) -> Tensor | None:
+    """The mask of a block with a history; None means causal. Blocks of a size share one."""
+    if not piece.history:
+        return None
+    if piece.size not in made:
+        made[piece.size] = window_mask(piece.size, piece.history, like)
+    return made[piece.size]
+
+
+def _inputs(piece: _Piece, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel reads: it gives its threads whole pairs of segment and key/value head, and needs enough of them."""
+    keys, values = piece.keys_with_sinks(k), piece.keys_with_sinks(v)
+    if keys.shape[1] == 1 and keys.shape[0] < _FEW_SEGMENTS:
+        keys, values = (x.expand(-1, piece.heads.query_heads, -1, -1) for x in (keys, values))  # a view
+    return piece.queries_with_sinks(q), keys, values
+
+
+def _logits(piece: _Piece, sink_logits_H: Tensor, like: Tensor) -> Tensor:
+    first = piece.heads.query_start
+    return sink_logits_H[first : first + piece.heads.query_heads, None].to(like.dtype)
+
+
+def _add_to_keys(piece: _Piece, total_BKTD: Tensor, grad_NXSD: Tensor) -> None:
+    """Add the gradient of what a piece read as keys or values: its own tokens, its history and the sinks."""
+    own = piece.keys(total_BKTD)
+    if grad_NXSD.shape[1] != own.shape[1]:  # see _inputs
+        grad_NXSD = grad_NXSD.sum(1, keepdim=True)
+    if piece.history:
+        piece.keys(total_BKTD, piece.history).add_(grad_NXSD)
+        return
+    for part, made in piece.own(own, grad_NXSD):
+        part.add_(made)
+    if piece.sinks:
+        piece.sink_keys(total_BKTD).add_(grad_NXSD[piece.first :, :, : piece.sinks].sum(0))
+
+
+def _has_gaps(pieces: list[_Piece], x_BXTD: Tensor) -> bool:
+    """Whether some positions are padding, which no piece covers."""
+    covered = sum(piece.count * piece.size for piece in pieces if piece.heads.query_start == 0)
+    return covered < x_BXTD.shape[0] * x_BXTD.shape[2]

@@ -1,0 +1,115 @@
+"""The mask function registered with transformers: it builds no mask, but hands on what is known of one.
+
+From a `LazyMask` sparse attention reads document bounds and the window of a layer, O(T), and full attention asks for
+the ordinary mask.
+
+B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from longlora.attention.backends import Plans
+from longlora.errors import ModelError
+
+# Steps from a query to the keys that are asked about in `LazyMask._require_known`; odd numbers of no particular kind.
+_PROBES = (-1, 2, 7, 61, 509, 4093, 32749)
+
+
+class LazyMask:
+    """One mask of a batch: what transformers passes to a mask function, and what can be derived from it."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
+        self._full: dict[str, Any] = {}
+        self.plans = Plans()
+
+    @property
+    def window(self) -> int | None:
+        """Tokens a query of this kind of layer sees at most, itself included; None in full-attention layers.
+
+        Chunked layers say so as well: what ends at a chunk is in the bounds.
+        """
+        return self._arguments.get("local_size")  # type: ignore[no-any-return]
+
+    def full_for(self, implementation: str) -> Any:
+        """The mask that transformers makes for this implementation; None means plain causal. Kept for other layers."""
+        if implementation not in self._full:
+            self._full[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._arguments)
+        return self._full[implementation]
+
+    @cached_property
+    def bounds_B(self) -> list[list[int]]:
+        """Document bounds of each row, from 0 to the end of its last document; what follows is padding.
+
+        transformers says which tokens belong together only through a function of (batch, head, query, key). Asking it
+        about neighbours gives the bounds of packed documents, and of chunks, in O(T), for every architecture.
+
+        Raises:
+            ModelError: there is a KV cache, padding that is not on the right, or a mask that is more than causal
+                attention inside documents.
+        """
+        arguments = self._arguments
+        B, T, device = arguments["batch_size"], arguments["q_length"], arguments["device"]
+        if arguments["kv_length"] != T:
+            raise ModelError(
+                f"{arguments['kv_length']} keys for {T} queries: S2-Attn in training takes no KV cache; "
+                "pass no past_key_values, or call model.eval()"
+            )
+        if arguments.get("use_vmap"):
+            raise ModelError("the model adds a mask function of its own to the causal one, which S2-Attn does not know")
+        positions = torch.arange(T, device=device)[None]
+        cut_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
+        cut_BT[:, 1:] = ~self._sees(positions[:, 1:], positions[:, :-1])
+        self._require_known(cut_BT.cumsum(-1), positions)
+        lengths = _lengths(arguments.get("attention_mask"), B, T)
+        cuts_B: list[list[int]] = [[] for _ in range(B)]
+        for row, position in cut_BT.nonzero().tolist():
+            cuts_B[row].append(position)
+        return [
+            [0, *(cut for cut in cuts if cut < length), length] if length else [0]
+            for cuts, length in zip(cuts_B, lengths, strict=True)
+        ]
+
+    def _sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """What the mask function says of pairs of positions [1, n] -> [B, n]."""
+        rows = torch.arange(self._arguments["batch_size"], device=query.device)[:, None]
+        seen = self._arguments["mask_function"](rows, torch.zeros_like(rows), query, key)
+        return seen.expand(len(rows), query.shape[1])
+
+    def _require_known(self, document_BT: Tensor, positions: Tensor) -> None:
+        """Compare a sample of about T pairs for each probe with causal attention inside documents and window."""
+        T = positions.shape[1]
+        wrong = []
+        for step in _PROBES:
+            key = (positions - step) % T
+            near = (positions - key < self.window) if self.window is not None else True
+            expected = (key <= positions) & near & (document_BT == document_BT[:, key[0]])
+            wrong.append((self._sees(positions, key) != expected).any())
+        if torch.stack(wrong).any():
+            raise ModelError(
+                "the model's mask is more than causal attention inside documents (for example a prefix that sees all "
+                "of itself), which S2-Attn does not know; train with attention.pattern=full"
+            )
+
+
+def lazy_mask(**arguments: Any) -> LazyMask:
+    """The mask function registered with transformers."""
+    return LazyMask(arguments)
+
+
+def _lengths(padding_mask: Tensor | None, batch: int, tokens: int) -> list[int]:
+    """Tokens before the right padding of each row."""
+    if padding_mask is None:
+        return [tokens] * batch
+    lengths = padding_mask.sum(-1)
+    expected = torch.arange(tokens, device=padding_mask.device)[None] < lengths[:, None]
+    if not torch.equal(expected, padding_mask.bool()):
+        raise ModelError("attention_mask has padding before or between tokens: S2-Attn in training pads on the right")
+    return [int(length) for length in lengths.tolist()]
