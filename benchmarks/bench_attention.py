@@ -1,0 +1,142 @@
+"""Attention alone, forward and backward in bfloat16: full, the paper's roll, ours, and the floor no grouping can beat.
+
+python benchmarks/bench_attention.py                 writes benchmarks/results/attention.csv
+python benchmarks/bench_attention.py --tokens 16384 --repeats 5 --profile
+
+Ways, on queries, keys and values as a transformers layer has them ([B, T, heads, D] in memory):
+
+- full: `scaled_dot_product_attention` over the whole sequence
+- roll: the paper's Algorithm 1 (`attention/rolled.py`), keys and values repeated to all heads as it needs
+- ours, 0 and 4 sink tokens: the backend that is chosen for the device
+- floor: one batched causal `scaled_dot_product_attention` over contiguous tensors that were cut into groups beforehand
+
+One process, ways interleaved, median of the repeats. Bytes are all that one forward and backward pass allocates, freed
+or not (CPU), or the peak (CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rows import append_rows, device_for_benchmark, interleaved, percentiles
+from torch import Tensor
+
+from longlora.attention.backends import attend, choose_backend
+from longlora.attention.pattern import S2Pattern
+from longlora.attention.rolled import rolled_attention
+from longlora.memory.allocator import keep_freed_memory
+
+# Name: query heads, key/value heads, head dim.
+SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64)}
+DTYPE = torch.bfloat16
+
+
+def make_ways(shape: tuple[int, int, int], T: int, group: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    H, K, D = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float32).to(device, DTYPE)
+
+    q, k, v = (tensor(1, T, heads, D).transpose(1, 2).requires_grad_() for heads in (H, K, K))
+    grad_BTHD = tensor(1, T, H, D)
+    cut = [
+        x.detach().squeeze(0).unflatten(1, (T // group, group)).transpose(0, 1).contiguous().requires_grad_()
+        for x in (q, k, v)
+    ]
+    cut_grad = tensor(T // group, H, group, D)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def ours(sinks: int) -> Callable[[], None]:
+        return lambda: step(attend(q, k, v, [[0, T]], S2Pattern(group, sinks)))
+
+    def step(out_BTHD: Tensor) -> None:
+        torch.autograd.grad(out_BTHD, (q, k, v), grad_BTHD)
+
+    return {
+        "full": lambda: step(sdpa(q, k, v).transpose(1, 2)),
+        "roll": lambda: step(rolled_attention(q, k, v, group)),
+        "ours, 0 sinks": ours(0),
+        "ours, 4 sinks": ours(4),
+        "floor": lambda: torch.autograd.grad(sdpa(*cut), cut, cut_grad) and None,
+    }
+
+
+def allocated_bytes(call: Callable[[], None], device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    return sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--groups", nargs="+", default=["T/4", "1024"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--full-up-to", type=int, default=65536, help="longest context at which full attention is timed"
+    )
+    parser.add_argument("--profile", action="store_true", help="print where the time of ours goes; write nothing")
+    args = parser.parse_args()
+    device = device_for_benchmark()
+    keep_freed_memory()
+    print(f"backend {choose_backend('auto', device, DTYPE)}")
+    for name in args.shapes:
+        for T in args.tokens:
+            for group_name in args.groups:
+                group = T // 4 if group_name == "T/4" else int(group_name)
+                ways = make_ways(SHAPES[name], T, group, device)
+                if args.profile:
+                    profile(ways, device)
+                    continue
+                if args.full_up_to < T:
+                    del ways["full"]
+                measure(name, T, group_name, group, ways, args.repeats, device)
+
+
+def measure(
+    shape: str, T: int, group_name: str, group: int, ways: dict[str, Callable[[], None]], repeats: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    seconds = interleaved(ways, repeats, device)
+    medians = {way: percentiles(times)[1] for way, times in seconds.items()}
+    rows = []
+    for way, times in seconds.items():
+        p20, p50, p80 = percentiles(times)
+        rows.append({
+            "shape": shape, "tokens": T, "group": group_name, "group_size": group, "way": way,
+            "p20_s": f"{p20:.4f}", "p50_s": f"{p50:.4f}", "p80_s": f"{p80:.4f}", "repeats": repeats,
+            "of_floor": f"{medians['floor'] / p50:.3f}", "bytes": allocated_bytes(ways[way], device),
+        })  # fmt: skip
+        against = {other: medians[other] / p50 for other in ("floor", "roll", "full") if other in medians}
+        print(
+            f"{shape:14} T {T:6} group {group_name:5} {way:14} p50 {p50:8.4f} s",
+            *(f"  {other} / this {ratio:5.2f}" for other, ratio in against.items()),
+            f"  {rows[-1]['bytes'] / 2**20:7.0f} MiB",
+            flush=True,
+        )
+    append_rows("attention", rows, device)
+
+
+def profile(ways: dict[str, Callable[[], None]], device: torch.device) -> None:
+    for way in ("floor", "ours, 0 sinks", "ours, 4 sinks"):
+        ways[way]()
+        with torch.profiler.profile() as recorded:
+            ways[way]()
+        print(way)
+        print(recorded.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What all benchmarks share: timing alternatives interleaved, and appending rows that say where they come from."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longlora.evaluation.run import device_name
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_for_benchmark() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def interleaved(ways: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each way, one of each in turn; a first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, call in ways.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile."""
+    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    return p20, statistics.median(times), p80
+
+
+def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device) -> Path:
+    """Append to ``results/NAME.csv``, with device, versions, commit and date; a new file gets a header."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+    ).stdout.strip()
+    facts = {
+        "device": device_name(device), "torch": torch.__version__, "commit": commit, "date": date.today().isoformat()
+    }  # fmt: skip
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0] | facts))
+        if handle.tell() == 0:
+            writer.writeheader()
+        writer.writerows(row | facts for row in rows)
+    return path
