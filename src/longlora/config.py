@@ -60,6 +60,15 @@ class AttentionConfig(_Section):
     """Group size as a part of the context length; 0.25 is the paper's choice."""
     sink_tokens: int = Field(default=4, ge=0)
     """First tokens of each document that every group may attend to; 0 is the paper's pattern."""
+    shift: Literal["heads", "layers", "none"] = "heads"
+    """``heads`` shifts groups by half in the second half of the heads (the paper); ``layers`` in all heads of every
+    other layer; ``none`` never."""
+    full_attention_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Layers, counted from 0, that are trained with full attention."""
+    full_attention_final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The last part of the steps, trained with full attention in all layers: 0.1 is the last tenth."""
+    backend: Literal["auto", "grouped", "varlen", "flex"] = "auto"
+    """What computes sparse attention: ``grouped`` on any device, ``varlen`` and ``flex`` on CUDA."""
 
     @model_validator(mode="after")
     def _one_group_size(self) -> AttentionConfig:

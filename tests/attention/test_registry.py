@@ -22,6 +22,8 @@ from transformers import (
 import longlora
 from longlora.attention.backends import choose_backend
 from longlora.attention.check import check_model
+from longlora.attention.pattern import FULL, S2Pattern, WindowPattern, may_attend
+from longlora.attention.picture import draw_heads, head_weights
 from longlora.attention.registry import describe_attention, is_sparse
 from longlora.errors import LongLoraError
 
@@ -38,7 +40,7 @@ def ids() -> torch.Tensor:
 
 def test_check_passes_on_a_good_model(tiny_llama: LlamaForCausalLM) -> None:
     results = list(check_model(tiny_llama))
-    assert len(results) == 7
+    assert len(results) == 8
     assert all(result.passed for result in results), results
 
 
@@ -47,7 +49,11 @@ def test_check_finds_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.Mo
     from longlora.attention import registry
     from longlora.attention.rolled import rolled_attention
 
-    def leaky(q, k, v, bounds, pattern, *, scaling, **_):
+    attend = registry.attend
+
+    def leaky(q, k, v, bounds, pattern, *, scaling, **options):
+        if pattern == FULL:
+            return attend(q, k, v, bounds, pattern, scaling=scaling, **options)
         extra = -q.shape[2] % pattern.group_size
         q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (q, k, v))
         return rolled_attention(q, k, v, pattern.group_size, scaling)[:, : q.shape[2] - extra]
@@ -324,6 +330,29 @@ def test_the_choice_of_a_backend() -> None:
     assert choice("cuda", torch.bfloat16, dropout=True) == "grouped"
     with pytest.raises(LongLoraError, match="backend=varlen needs bfloat16 or float16, and this is float32 on cuda"):
         choose_backend("varlen", torch.device("cuda"), torch.float32)
+
+
+def test_the_picture_shows_what_the_model_does() -> None:
+    """The weights drawn are those of the model: where they are not zero is the pattern, in every kind of layer."""
+    model = make_gemma2()
+    before = model.config._attn_implementation
+    heads = head_weights(model)
+    assert [head.title for head in heads] == [
+        "layer 0, head 0: its own window", "layer 1, head 0: groups", "layer 1, head 2: shifted groups",
+    ]  # fmt: skip
+    documents = [(0, 53), (53, 75)]
+    patterns = [(WindowPattern(6), False), (S2Pattern(16, 2), False), (S2Pattern(16, 2), True)]
+    for head, (pattern, shifted) in zip(heads, patterns, strict=True):
+        expected = torch.zeros(75, 75, dtype=torch.bool)
+        for start, stop in documents:
+            for query in range(stop - start):
+                for key in range(query + 1):
+                    seen = may_attend(query, key, stop - start, pattern, shifted=shifted)
+                    expected[start + query, start + key] = seen
+        assert torch.equal(head.weights_TT > 0, expected)
+        torch.testing.assert_close(head.weights_TT.sum(-1), torch.ones(75))
+    assert draw_heads(heads).startswith(b"\x89PNG")
+    assert model.config._attn_implementation == before
 
 
 def test_the_attention_from_before_comes_back(ids: torch.Tensor) -> None:

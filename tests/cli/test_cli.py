@@ -139,7 +139,10 @@ def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result],
     result = longlora("check", str(tiny_model_folder))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("ok")]
-    assert len(lines) == 8
+    assert len(lines) == 9
+    assert "attention in training: sparse in layers 0-1 (groups of 2048, 4 sink tokens" in result.stdout
+    assert "layer 0, head 0: groups; layer 0, head " in result.stdout
+    assert Path("attention_pattern.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

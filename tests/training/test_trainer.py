@@ -1,5 +1,6 @@
 """Whole small runs: what is written, that it learns, that resuming is exact, and what a broken run leaves."""
 
+import io
 import itertools
 import json
 import shutil
@@ -12,6 +13,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from longlora.artifacts import RunFolder
+from longlora.attention import registry
+from longlora.attention.pattern import FULL
 from longlora.config import Recipe, build_recipe
 from longlora.data.prepare import prepare_shards
 from longlora.errors import LongLoraError
@@ -89,6 +92,70 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path, tiny
     assert [row["step"] for row in rows(stopped)] == [1, 2, 3, 4, 5, 6]
 
 
+def with_attention(recipe: Recipe, run_dir: Path, **changes: object) -> Recipe:
+    """The recipe with another attention section, in a run folder of its own with the same data."""
+    shutil.copytree(RunFolder(recipe.run_path).root / "data", run_dir / "data")
+    values = recipe.model_dump(mode="json")
+    values["attention"].update(changes)
+    return build_recipe({**values, "run_dir": str(run_dir)})
+
+
+def test_the_final_phase_is_full_attention_also_after_resuming(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_recipe(tmp_path, tiny_model_folder, "plain")
+    sparse = with_attention(plain, tmp_path / "sparse")
+    annealed = with_attention(plain, tmp_path / "annealed", full_attention_final_fraction=0.5)
+    full = with_attention(plain, tmp_path / "full", pattern="full")
+    patterns = []
+    attend = registry.attend
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: object, pattern: object, **options: object):
+        patterns.append(pattern)
+        return attend(q, k, v, bounds, pattern, **options)
+
+    expected = weights(train(annealed, QUIET))
+    first, _, _, fourth = (row["loss"] for row in rows(annealed)[:4])
+    train(sparse, QUIET)
+    assert [row["loss"] for row in rows(sparse)][:3] == [row["loss"] for row in rows(annealed)][:3]
+    assert rows(sparse)[3]["loss"] != fourth
+    train(full, QUIET)
+    assert rows(full)[0]["loss"] != pytest.approx(first, rel=1e-6)
+
+    run = RunFolder(annealed.run_path)
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-6")
+    monkeypatch.setattr(registry, "attend", record)
+    resumed = weights(train(annealed, QUIET, resume=True))
+    assert patterns
+    assert all(pattern == FULL for pattern in patterns), "steps 5 and 6 are in the final phase"
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+
+
+def test_full_attention_in_training_keeps_documents_apart(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """A group as long as the row is full attention; without the document bounds it would not be equal."""
+    recipe = make_recipe(tmp_path, tiny_model_folder, "base", steps=2)
+    full = with_attention(recipe, tmp_path / "full", pattern="full")
+    one_group = with_attention(recipe, tmp_path / "one-group", group_size=128)
+    train(full, QUIET)
+    train(one_group, QUIET)
+    for first, second in zip(rows(full), rows(one_group), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+
+
+def test_what_attention_does_is_said(tmp_path: Path, tiny_model_folder: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder, "base", steps=2)
+    annealed = with_attention(recipe, tmp_path / "annealed", full_attention_final_fraction=0.5)
+    out = io.StringIO()
+    train(annealed, Console(file=out, width=200))
+    said = [line for line in out.getvalue().splitlines() if line.startswith("attention in training")]
+    assert said == [
+        "attention in training: sparse in layers 0-1 (groups of 32, 2 sink tokens, shifted in half of the heads); "
+        "backend grouped",
+        "attention in training: full in layers 0-1; backend grouped",
+    ]
+
+
 def test_micro_batches_and_accumulation_are_the_same_step(tmp_path: Path, tiny_model_folder: Path) -> None:
     one = make_recipe(tmp_path, tiny_model_folder, "one", steps=2, micro_batch_size=1, grad_accum_steps=4)
     other = make_recipe(tmp_path, tiny_model_folder, "other", steps=2, micro_batch_size=4, grad_accum_steps=1)
@@ -110,14 +177,8 @@ def test_checkpointing_changes_nothing(tmp_path: Path, tiny_model_folder: Path) 
 
 def test_training_uses_the_sparse_pattern_and_bfloat16_works(tmp_path: Path, tiny_model_folder: Path) -> None:
     sparse = make_recipe(tmp_path, tiny_model_folder, "sparse", steps=1)
-    full = sparse.model_copy(
-        update={
-            "run_dir": str(tmp_path / "full"),
-            "attention": sparse.attention.model_copy(update={"pattern": "full"}),
-            "model": sparse.model.model_copy(update={"dtype": "bfloat16"}),
-        }
-    )
-    shutil.copytree(RunFolder(sparse.run_path).root / "data", tmp_path / "full" / "data")
+    full = with_attention(sparse, tmp_path / "full", pattern="full")
+    full = full.model_copy(update={"model": full.model.model_copy(update={"dtype": "bfloat16"})})
     train(sparse, QUIET)
     train(full, QUIET)
     assert rows(sparse)[0]["loss"] != pytest.approx(rows(full)[0]["loss"], rel=1e-4)

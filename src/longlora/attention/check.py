@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from longlora.attention.layers import attention_modules
 from longlora.attention.registry import use_full, use_s2
 from longlora.errors import LongLoraError
 
@@ -37,6 +39,7 @@ def check_model(model: PreTrainedModel) -> Iterator[CheckResult]:
     """
     checks: list[tuple[str, Callable[[PreTrainedModel], tuple[bool, str]]]] = [
         ("no token sees a later one", _no_leak),
+        ("nor with other shifts and layers of full attention", _no_leak_with_other_settings),
         ("sparse attention is in effect", _differs_from_full),
         ("a group as long as the sequence is full attention", _long_group_is_full),
         ("packed documents do not see each other", _documents_are_isolated),
@@ -56,10 +59,10 @@ def check_model(model: PreTrainedModel) -> Iterator[CheckResult]:
 
 
 @contextmanager
-def _sparse(model: PreTrainedModel, group_size: int = _GROUP, sink_tokens: int = _SINKS) -> Iterator[None]:
+def _sparse(model: PreTrainedModel, group_size: int = _GROUP, **settings: Any) -> Iterator[None]:
     # The sparse pattern without dropout: evaluation mode with the option that keeps the pattern.
     model.eval()
-    use_s2(model, group_size=group_size, sink_tokens=sink_tokens, sparse_in_evaluation=True)
+    use_s2(model, group_size=group_size, sink_tokens=_SINKS, sparse_in_evaluation=True, **settings)
     try:
         yield
     finally:
@@ -88,12 +91,12 @@ def _compare(model: PreTrainedModel, one: Tensor, other: Tensor) -> tuple[bool, 
     return found <= limit, f"largest difference of logits {found:.2g}, limit {limit:.2g}"
 
 
-def _no_leak(model: PreTrainedModel) -> tuple[bool, str]:
+def _no_leak(model: PreTrainedModel, **settings: Any) -> tuple[bool, str]:
     worst = limit = 0.0
     # A roll leaks only where the length is a multiple of the group: the end meets the beginning.
     for length in (3 * _GROUP, 3 * _GROUP + 5):
         ids = _tokens(model, length)
-        with _sparse(model):
+        with _sparse(model, **settings):
             before = _logits(model, ids)
             for position in (1, _GROUP // 2, _GROUP, 2 * _GROUP + 3, length - 1):
                 changed = ids.clone()
@@ -101,6 +104,13 @@ def _no_leak(model: PreTrainedModel) -> tuple[bool, str]:
                 worst = max(worst, (_logits(model, changed) - before)[:, :position].abs().max().item())
         limit = _tolerance(before, model)
     return worst <= limit, f"largest change before a changed token {worst:.2g}, limit {limit:.2g}"
+
+
+def _no_leak_with_other_settings(model: PreTrainedModel) -> tuple[bool, str]:
+    last = len(attention_modules(model)) - 1
+    settings: list[dict[str, Any]] = [{"shift": "layers"}, {"shift": "none"}, {"full_attention_layers": [0, last]}]
+    results = [_no_leak(model, **each) for each in settings]
+    return all(passed for passed, _ in results), next((text for passed, text in results if not passed), results[0][1])
 
 
 def _differs_from_full(model: PreTrainedModel) -> tuple[bool, str]:

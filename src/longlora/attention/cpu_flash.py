@@ -229,7 +229,7 @@ def _mask(piece: _Piece, like: Tensor, made: dict[int, Tensor]) -> Tensor | None
 
 
 def _inputs(piece: _Piece, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernel reads: it gives its threads whole pairs of segment and key/value head, and needs enough of them."""
+    """What the kernel reads. It gives its threads whole pairs of segment and key/value head, and needs enough."""
     keys, values = piece.keys_with_sinks(k), piece.keys_with_sinks(v)
     if keys.shape[1] == 1 and keys.shape[0] < _FEW_SEGMENTS:
         keys, values = (x.expand(-1, piece.heads.query_heads, -1, -1) for x in (keys, values))  # a view

@@ -150,9 +150,7 @@ def s2_attention_forward(
     Raises:
         ModelError: the module was not prepared by `use_s2`, or asks for something S2-Attn does not compute.
     """
-    settings: S2Settings | None = getattr(module, _SETTINGS, None)
-    if settings is None:
-        raise ModelError(f"{type(module).__name__} has no S2-Attn settings: call longlora.use_s2(model) first")
+    settings = settings_of(module)
     if not module.training and not (settings.sparse_in_evaluation and query.shape[2] == key.shape[2]):
         own = {name: value for name, value in (("softcap", softcap), ("s_aux", s_aux)) if value is not None}
         return _full_attention_forward(
@@ -240,6 +238,14 @@ def _require_backend(backend: Backend) -> None:
     """Refuse a backend that this machine lacks; what depends on the tensors is known when they come."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choose_backend(backend, device, torch.bfloat16)
+
+
+def settings_of(module: nn.Module) -> S2Settings:
+    """What `use_s2` left on an attention module; `ModelError` if it did not."""
+    settings: S2Settings | None = getattr(module, _SETTINGS, None)
+    if settings is None:
+        raise ModelError(f"{type(module).__name__} has no S2-Attn settings: call longlora.use_s2(model) first")
+    return settings
 
 
 def describe_attention(model: nn.Module) -> str:

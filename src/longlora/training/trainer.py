@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from longlora.artifacts import RunFolder, new_folder, write_atomic, write_manifest
-from longlora.attention.registry import use_full, use_s2
+from longlora.attention.registry import use_full
 from longlora.config import Recipe, dump_recipe
 from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import open_shard
@@ -39,6 +39,7 @@ from longlora.model.build import (
 from longlora.model.head import hidden_states, output_head
 from longlora.model.rope import rescale_for
 from longlora.model.sidecar import Sidecar, write_sidecar
+from longlora.training.attention_schedule import AttentionSchedule
 from longlora.training.checkpoint import checkpoint_step, complete_checkpoint, newest_checkpoint
 from longlora.training.metrics import MetricsCallback
 
@@ -72,7 +73,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
         args=_arguments(recipe, run.checkpoints, base.device),
         train_dataset=dataset,
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
-        callbacks=[metrics],
+        callbacks=[metrics, AttentionSchedule(model, recipe, console)],
     )
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
@@ -94,13 +95,11 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
 
 
 def _trainable(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """The base model with its adapter, the attention pattern and the activation checkpointing of the recipe."""
+    """The base model with its adapter and the activation checkpointing of the recipe."""
     model = add_adapter(base, recipe.adapter)
     cast_to_compute_dtype(model, getattr(torch, recipe.model.dtype))
-    if recipe.attention.pattern == "s2":
-        group_size = recipe.attention.resolve_group_size(recipe.context.context_length)
-        use_s2(model, group_size=group_size, sink_tokens=recipe.attention.sink_tokens)
     if recipe.train.activation_checkpointing:
+        # The name that transformers 5.17 knows as well.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

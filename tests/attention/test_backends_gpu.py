@@ -1,0 +1,193 @@
+"""The CUDA backends on a GPU: values and all gradients against the reference in float64.
+
+UNVERIFIED ON HARDWARE: written on a machine without a GPU, where all of these tests are skipped; they have never run.
+Run with ``pytest -m gpu tests/attention/test_backends_gpu.py``.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlora.attention.flex import flex_plan, flex_s2_attention
+from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
+from longlora.attention.reference import reference_attention
+from longlora.attention.varlen import varlen_attention, varlen_plan
+from longlora.errors import ModelError
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+EPS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch; bounds and head dims as in a model, sizes small enough for the reference's loops."""
+
+    pattern: Pattern
+    bounds_B: tuple[tuple[int, ...], ...]
+    tokens: int
+    query_heads: int = 4
+    kv_heads: int = 2
+    width: int = 64
+    value_width: int = 64
+    softcap: float | None = None
+    sink_logits: bool = False
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        """q, k, v and, where asked for, sink logits on the CPU, [B, T, heads, D] in memory."""
+        generator = torch.Generator().manual_seed(0)
+        B, T, H, K = len(self.bounds_B), self.tokens, self.query_heads, self.kv_heads
+        shapes = [(B, T, H, self.width), (B, T, K, self.width), (B, T, K, self.value_width)]
+        made = [torch.randn(shape, generator=generator).transpose(1, 2) for shape in shapes]
+        if self.sink_logits:
+            made.append(torch.linspace(-1, 2, H))
+        return [x.to(dtype).requires_grad_() for x in made]
+
+
+def with_gradients(inputs: list[Tensor], attention: Callable[..., Tensor], **options: Any) -> list[Tensor]:
+    """Output and the gradient of every input, on the CPU in float64."""
+    if len(inputs) == 4:
+        options["sink_logits_H"] = inputs[3]
+    out = attention(*inputs[:3], **options)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+    return [x.detach().cpu().double() for x in (out, *torch.autograd.grad((out * weight).sum(), inputs))]
+
+
+@cache
+def by_reference(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The truth in float64 for inputs rounded to `dtype`, and the naive formula in `dtype`."""
+
+    def reference(*inputs: Tensor, **options: Any) -> Tensor:
+        return reference_attention(*inputs, case.bounds_B, case.pattern, softcap=case.softcap, **options)
+
+    inputs = case.inputs(dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    return with_gradients(exact, reference), with_gradients(inputs, reference)
+
+
+def assert_no_worse(case: Case, dtype: torch.dtype, attention: Callable[..., Tensor], **options: Any) -> None:
+    """Distance from float64, allowed as much as the naive formula in the same dtype has."""
+    truth, naive = by_reference(case, dtype)
+    inputs = [x.detach().cuda().requires_grad_() for x in case.inputs(dtype)]
+    ours = with_gradients(inputs, attention, **options)
+    largest = max(x.abs().max() for x in truth)
+    for name, one, plain, right in zip(["out", "dq", "dk", "dv", "dsinks"], ours, naive, truth, strict=False):
+        assert one.isfinite().all(), name
+        # A query with one key has a gradient of exactly 0, which the naive formula finds and fused ones round.
+        scale = right.abs().max() if right.any() else largest
+        allowed = (plain - right).abs().max() + EPS[dtype] * scale
+        assert (one - right).abs().max() <= allowed, name
+
+
+def varlen(case: Case, **options: Any) -> Callable[..., Tensor]:
+    plan = varlen_plan(case.bounds_B, case.tokens, case.query_heads, case.kv_heads, case.pattern, "cuda", **options)
+    return lambda q, k, v: varlen_attention(q, k, v, plan)
+
+
+def flex(case: Case) -> Callable[..., Tensor]:
+    plan = flex_plan(case.bounds_B, case.tokens, case.query_heads, case.kv_heads, case.pattern, "cuda")
+    return lambda q, k, v, **options: flex_s2_attention(q, k, v, plan, softcap=case.softcap, **options)
+
+
+PACKED = ((0, 130, 131, 301), (0, 301))
+PADDED = ((0, 40, 290), (0, 301))
+CASES = [
+    Case(S2Pattern(64), ((0, 257),), 257),
+    Case(S2Pattern(64, 4), ((0, 257),), 257),
+    Case(S2Pattern(64, 40), ((0, 300),), 300),  # more sinks than the first half group holds
+    Case(S2Pattern(64, 4), PACKED, 301),
+    Case(S2Pattern(64, 4), PADDED, 301),
+    Case(S2Pattern(64, 0), ((0, 40, 290), (0,)), 301),  # a row of padding
+    Case(S2Pattern(64, 4, "all"), PADDED, 301),
+    Case(S2Pattern(64, 4, "none"), PACKED, 301),
+    Case(S2Pattern(64, 4), ((0, 150),), 150, query_heads=9, kv_heads=3),  # the border cuts a key head
+    Case(S2Pattern(64, 4), ((0, 150),), 150, query_heads=4, kv_heads=4),
+    Case(S2Pattern(64, 4), ((0, 150),), 150, query_heads=4, kv_heads=1),
+    Case(S2Pattern(64, 4), ((0, 150),), 150, width=80, value_width=48),
+    Case(S2Pattern(64, 4), ((0, 150),), 150, width=36, value_width=36),  # not a multiple of 8
+    Case(S2Pattern(512), ((0, 128),), 128),
+    Case(WindowPattern(50), PACKED, 301),
+    Case(WindowPattern(1), PADDED, 301),
+    Case(FULL, PADDED, 301),
+]
+FLEX_CASES = [
+    *CASES,
+    Case(S2Pattern(64, 4), PADDED, 301, softcap=2.0),
+    Case(S2Pattern(64, 4), PADDED, 301, softcap=5.0),
+    Case(S2Pattern(64, 4), PADDED, 301, sink_logits=True),
+    Case(WindowPattern(50), PACKED, 301, softcap=2.0, sink_logits=True),
+]
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_varlen(case: Case, dtype: torch.dtype) -> None:
+    assert_no_worse(case, dtype, varlen(case))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs the flash-attn package")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_varlen_with_the_flash_attn_package(case: Case) -> None:
+    assert_no_worse(case, torch.bfloat16, varlen(case, implementation="flash_attention_2"))
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("case", FLEX_CASES, ids=str)
+def test_flex(case: Case, dtype: torch.dtype) -> None:
+    assert_no_worse(case, dtype, flex(case))
+
+
+@pytest.mark.parametrize("make", [varlen, flex])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 96, 97, 127, 128, 129])
+def test_odd_lengths(make: Callable[[Case], Callable[..., Tensor]], length: int) -> None:
+    case = Case(S2Pattern(64, 4), ((0, length),), length, query_heads=3, kv_heads=1)
+    assert_no_worse(case, torch.bfloat16, make(case))
+
+
+@pytest.mark.parametrize("make", [varlen, flex])
+def test_one_plan_serves_many_layers(make: Callable[[Case], Callable[..., Tensor]]) -> None:
+    case = CASES[4]
+    attention = make(case)
+    q, k, v = (x.detach().cuda() for x in case.inputs(torch.bfloat16))
+    assert torch.equal(attention(q, k, v), attention(q, k, v))
+    assert not torch.equal(attention(q, k, v), attention(q + 1, k, v))
+
+
+@pytest.mark.parametrize("make", [varlen, flex])
+def test_float32_under_autocast(make: Callable[[Case], Callable[..., Tensor]]) -> None:
+    case = CASES[4]
+    attention = make(case)
+    q, k, v = (x.detach().cuda() for x in case.inputs(torch.bfloat16))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = attention(q.float(), k.float(), v.float())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, attention(q, k, v))
+
+
+def test_varlen_refuses_float32() -> None:
+    case = CASES[0]
+    with pytest.raises(ModelError, match="needs bfloat16 or float16, the tensors are float32"):
+        varlen(case)(*[x.detach().cuda() for x in case.inputs(torch.float32)])
+
+
+@pytest.mark.parametrize("make", [varlen, flex])
+def test_memory_grows_linearly_with_the_sequence(make: Callable[[Case], Callable[..., Tensor]]) -> None:
+    """Peak of forward and backward: 4 times the tokens, 4 times the bytes; a T x T mask would take 16 times."""
+
+    def peak(tokens: int) -> int:
+        case = Case(S2Pattern(1024, 4), ((0, tokens),), tokens)
+        attention = make(case)
+        inputs = [x.detach().cuda().requires_grad_() for x in case.inputs(torch.bfloat16)]
+        attention(*inputs).sum().backward()  # compiles where it has to
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attention(*inputs).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(32768) < 4.4 * peak(8192)
