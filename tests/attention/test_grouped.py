@@ -139,6 +139,18 @@ def test_rounding_is_no_worse_than_the_formula_in_the_same_dtype(dtype: torch.dt
         assert ((one.double() - right).abs() <= allowed.max()).all()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_decides_the_dtype(path: str) -> None:
+    """Norms of queries and keys that are trained in float32 give float32, beside values in bfloat16."""
+    q, k, v = (x.detach().float().requires_grad_() for x in qkv(1, 4, 2, 21, D=16))
+    low = [x.detach().bfloat16() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(path, [q, k, v.bfloat16()], [[0, 21]], S2Pattern(8, 2))
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out, run(path, low, [[0, 21]], S2Pattern(8, 2)))
+    assert all(grad.dtype is torch.float32 for grad in grads(out, [q, k, v]))
+
+
 def test_group_of_the_whole_sequence_is_full_attention() -> None:
     q, k, v = qkv(2, 9, 3, 10)
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

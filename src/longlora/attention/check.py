@@ -157,22 +157,28 @@ def _evaluation_is_full(model: PreTrainedModel) -> tuple[bool, str]:
 
 
 def _gradients(model: PreTrainedModel) -> tuple[bool, str]:
+    # Experts that no token chose and the like get no gradient with any attention.
+    full = {name for name, grad in _matrix_gradients(model).items() if bool((grad != 0).any())}
+    use_s2(model, group_size=_GROUP, sink_tokens=_SINKS)
+    sparse = _matrix_gradients(model)
+    finite = all(bool(torch.isfinite(grad).all()) for grad in sparse.values())
+    moving = sum(name in sparse and bool((sparse[name] != 0).any()) for name in full)
+    return (
+        finite and bool(full) and moving == len(full),
+        f"{moving} of {len(full)} weight matrices get a gradient, {'all' if finite else 'NOT all'} finite",
+    )
+
+
+def _matrix_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gradients of the loss of a training step by name, of all weight matrices that have one."""
     ids = _tokens(model, 2 * _GROUP + 5)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
-    use_s2(model, group_size=_GROUP, sink_tokens=_SINKS)
-    projections = [p.requires_grad_(True) for name, p in model.named_parameters() if p.ndim == 2]
+    matrices = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.ndim == 2}
     model.train()
     try:
-        loss = model(input_ids=ids, labels=ids).loss
-        grads = torch.autograd.grad(loss, projections, allow_unused=True)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        grads = torch.autograd.grad(loss, list(matrices.values()), allow_unused=True)
     finally:
         for parameter, before in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(before)
-    used = [grad for grad in grads if grad is not None]
-    finite = all(bool(torch.isfinite(grad).all()) for grad in used)
-    moving = sum(bool((grad != 0).any()) for grad in used)
-    passed = finite and moving == len(projections)
-    return (
-        passed,
-        f"{moving} of {len(projections)} weight matrices get a gradient, {'all' if finite else 'NOT all'} finite",
-    )
+    return {name: grad for name, grad in zip(matrices, grads, strict=True) if grad is not None}

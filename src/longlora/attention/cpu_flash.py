@@ -46,6 +46,9 @@ def cpu_flash_attention(
     sink_logits_H: Tensor | None = None,
 ) -> Tensor:
     """Like `grouped_attention`, for tensors on the CPU, without dropout and soft cap; [B, T, H, D of the values]."""
+    if torch.is_autocast_enabled("cpu"):  # the kernel is called below the level at which autocast acts
+        dtype = torch.get_autocast_dtype("cpu")
+        q_BHTD, k_BKTD, v_BKTD = q_BHTD.to(dtype), k_BKTD.to(dtype), v_BKTD.to(dtype)
     width, value_width = q_BHTD.shape[-1], v_BKTD.shape[-1]
     scaling = width**-0.5 if scaling is None else scaling
     if width != value_width:  # the kernel wants one head dim; zeros change neither scores nor the outputs that are kept

@@ -37,7 +37,7 @@ def has_window(model: PreTrainedModel, module: nn.Module) -> bool:
     if layer_types is None:
         return getattr(config, "sliding_window", None) is not None
     layer = getattr(module, "layer_idx", None)
-    return layer is not None and layer_types[layer] in ("sliding_attention", "chunked_attention")
+    return layer is not None and layer_types[layer] in ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
 
 def layer_patterns(

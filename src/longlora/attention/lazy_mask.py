@@ -29,6 +29,17 @@ class LazyMask:
         self._arguments = arguments
         self._full: dict[str, Any] = {}
         self.plans = Plans()
+        self._restarts_BT: Tensor | None = None
+
+    def learn_positions(self, positions: Tensor | None) -> None:
+        """Positions that reached a layer: some models (gpt-oss, OPT, AFMoE) do not give them to their mask.
+
+        As in transformers, restarting positions mean packed documents only without a padding mask.
+        """
+        if self._restarts_BT is not None or positions is None or self._arguments.get("attention_mask") is not None:
+            return
+        if positions.ndim == 2 and positions.shape[1] == self._arguments["q_length"]:
+            self._restarts_BT = positions.diff(dim=1) != 1
 
     @property
     def window(self) -> int | None:
@@ -68,6 +79,8 @@ class LazyMask:
         cut_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
         cut_BT[:, 1:] = ~self._sees(positions[:, 1:], positions[:, :-1])
         self._require_known(cut_BT.cumsum(-1), positions)
+        if self._restarts_BT is not None:
+            cut_BT[:, 1:] |= self._restarts_BT
         lengths = _lengths(arguments.get("attention_mask"), B, T)
         cuts_B: list[list[int]] = [[] for _ in range(B)]
         for row, position in cut_BT.nonzero().tolist():

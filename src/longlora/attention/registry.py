@@ -26,6 +26,10 @@ from longlora.errors import ModelError
 S2_ATTENTION = "s2_attn"
 _SETTINGS = "longlora_s2"
 _CACHE_HOOK = "longlora_cache_hook"
+# Layers of other kinds see chosen or compressed keys, and are refused.
+_LAYER_TYPES = {
+    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding",
+}  # fmt: skip
 # Arguments with which transformers asks an attention function for something S2-Attn does not compute.
 _UNSUPPORTED = {
     "position_bias": "a learned position bias",
@@ -71,7 +75,7 @@ def use_s2(
         sink_tokens: leading tokens of each document that all groups see; 0 is the paper's pattern.
         shift: ``heads`` shifts groups by half in the second half of the heads of each layer (the paper); ``layers`` in
             all heads of every other layer (paper, table 6); ``none`` never.
-        full_attention_layers: numbers of layers, from 0, that are trained with full attention; or ``all``.
+        full_attention_layers: numbers of attention layers, from 0, that are trained with full attention; or ``all``.
         backend: ``grouped`` (any device), ``varlen`` or ``flex`` (CUDA); ``auto`` chooses and logs its choice.
         sparse_in_evaluation: use the sparse pattern in evaluation mode too, where no KV cache is filled.
         wraparound: the paper's Algorithm 1 instead, for comparison only: it LEAKS future tokens into the first half
@@ -162,6 +166,7 @@ def s2_attention_forward(
             f"{type(attention_mask).__name__}: pass a 2-D padding mask or position_ids instead"
         )
     _require_computable(module, kwargs)
+    attention_mask.learn_positions(kwargs.get("position_ids"))
     window = attention_mask.window
     pattern: Pattern = settings.pattern if window is None else WindowPattern(window)
     if settings.wraparound and window is None:
@@ -220,13 +225,22 @@ def _no_cache_in_training(
 def _require_supported(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     config = model.config.get_text_config(decoder=True)
     kind = f"model type {config.model_type!r}"
-    if not modules or not model._can_set_attn_implementation() or not model._supports_attention_backend:
+    if not modules or not model._can_set_attn_implementation():
         raise ModelError(
             f"{kind} does not dispatch through transformers' AttentionInterface, so S2-Attn cannot be used; "
             "choose an architecture that does, or train with attention.pattern=full"
         )
     if model.config.is_encoder_decoder:
         raise ModelError(f"{kind} is an encoder and a decoder, and S2-Attn is for decoders alone")
+    if getattr(config, "keep_window_size", None) is not None:  # Doge
+        raise ModelError(
+            f"{kind} computes a mask from its values, which S2-Attn does not know; train it with attention.pattern=full"
+        )
+    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES):
+        raise ModelError(
+            f"{kind} has layers of kind {', '.join(unknown)}, which S2-Attn does not compute; "
+            "train it with attention.pattern=full"
+        )
     if all(has_window(model, module) for module in modules):
         raise ModelError(
             f"all layers of {kind} have a window ({getattr(config, 'sliding_window', None)} tokens) and keep it, so "

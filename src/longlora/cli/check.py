@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -49,7 +49,7 @@ def check(
         passed.append(result.passed)
 
     loaded = load_model(settings, dtype=torch.float32).to(device_for_run())
-    layers = {
+    layers: dict[str, Any] = {
         "shift": attention.shift,
         "full_attention_layers": attention.full_attention_layers,
         "backend": attention.backend,
