@@ -178,7 +178,6 @@ def _layers(model: PreTrainedModel) -> str:
 # A check that fails for reasons of the model: nothing that S2-Attn could change.
 _PACKED = "packed documents do not see each other"
 _STATE = {_PACKED: "its states or convolutions carry over from one document to the next"}
-_NO_POSITIONS = {_PACKED: "its code in transformers does not tell the mask where documents begin"}
 
 # Parts of the errors with which models are refused.
 _OWN_CODE = "does not dispatch through transformers' AttentionInterface"
@@ -249,7 +248,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _works("bailing_hybrid", f"{_LINEAR}; experts; {_MLA}", _STATE, **_LATENT, **_HYBRID),
     _works("bamba", _STATES, _STATE, attn_layer_indices=[1]),
     _works("beam", f"experts; {_SOME}; {_QK_NORM}"),
-    _works("biogpt", _LEARNED, _NO_POSITIONS),
+    _works("biogpt", _LEARNED),
     _works("bitnet"),
     _refused("bloom", _OWN_CODE, "ALiBi"),
     _refused("codegen", _OWN_CODE, _PARTIAL, rotary_dim=4),

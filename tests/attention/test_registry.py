@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import llama_config
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     BloomConfig,
     BloomForCausalLM,
     Gemma2Config,
@@ -18,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
     masking_utils,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import longlora
 from longlora.attention.backends import choose_backend
@@ -110,6 +113,60 @@ def test_packed_documents_are_isolated_whatever_the_cache_setting(
     torch.testing.assert_close(together.reshape(2, 21, -1), alone)
 
 
+def test_packed_documents_are_isolated_beside_a_padding_mask(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """transformers itself forgets packing there; collators that give both are common."""
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=2)
+    tiny_llama.train()
+    packed, padding = ids.reshape(1, -1), torch.zeros(1, 3, dtype=torch.long)
+    together = logits(
+        tiny_llama,
+        torch.cat([packed, padding], dim=1),
+        position_ids=torch.cat([torch.arange(21).repeat(2)[None], padding], dim=1),
+        attention_mask=torch.cat([torch.ones_like(packed), padding], dim=1),
+    )
+    torch.testing.assert_close(together[:, :42].reshape(2, 21, -1), logits(tiny_llama, ids))
+
+
+def test_generation_is_full_attention_in_training_mode_too(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Trainers that sample between steps do not always call eval()."""
+    expected = tiny_llama.generate(ids, max_new_tokens=6, do_sample=False)
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
+    sparse = logits(tiny_llama.train(), ids)
+    assert torch.equal(tiny_llama.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    torch.testing.assert_close(logits(tiny_llama, ids), sparse)
+
+
+def test_a_fresh_model_with_the_key_in_its_config_evaluates(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Trainers make reference models from the config of the trained one."""
+    full = logits(tiny_llama, ids)
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
+    fresh = LlamaForCausalLM._from_config(tiny_llama.config, attn_implementation="s2_attn").eval()
+    fresh.load_state_dict(tiny_llama.state_dict())
+    torch.testing.assert_close(logits(fresh, ids), full)
+
+
+def test_the_original_implementation_sees_its_own_name(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """transformers' flash functions load the kernel that the config names while they run."""
+    seen = []
+
+    def spy(module: torch.nn.Module, *args: torch.Tensor, **kwargs: object):
+        seen.append(module.config._attn_implementation)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", masking_utils.sdpa_mask)
+    tiny_llama.set_attn_implementation("spy")
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
+    logits(tiny_llama, ids)
+    assert set(seen) == {"spy"}
+    assert tiny_llama.config._attn_implementation == "s2_attn"
+
+
+def test_a_compiled_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(LongLoraError, match="call longlora.use_s2 before torch.compile"):
+        longlora.use_s2(torch.compile(tiny_llama))
+
+
 def test_two_models_keep_their_own_settings(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
     other = copy.deepcopy(tiny_llama)
     longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
@@ -200,7 +257,7 @@ def test_left_padding_and_caches_are_refused_in_training(tiny_llama: LlamaForCau
         logits(tiny_llama.train(), ids, attention_mask=mask)
     cache = tiny_llama.eval()(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(LongLoraError, match="no KV cache"):
-        logits(tiny_llama.train(), ids, past_key_values=cache)
+        tiny_llama.train()(input_ids=ids, past_key_values=cache)
 
 
 def test_a_model_without_attention_interface_is_refused() -> None:

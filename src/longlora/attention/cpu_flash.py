@@ -83,58 +83,25 @@ class _Piece:
         """1 if sinks stand in front of all segments but the first one, which is that of the document."""
         return int(self.sinks > 0 and self.start == 0)
 
-    def queries(self, x_BHTD: Tensor) -> Tensor:
-        """The segments of queries, outputs or their gradients as a view [N, X, S, D]."""
-        return self._segments(self._query_heads(x_BHTD), 0)
-
-    def keys(self, x_BKTD: Tensor, history: int = 0) -> Tensor:
-        """The segments of keys, values or their gradients as a view [N, X, S + history, D]."""
-        return self._segments(self._kv_heads(x_BKTD), history)
-
-    def queries_with_sinks(self, x_BHTD: Tensor) -> Tensor:
-        """What the kernel reads as queries [N, X, sinks + S, D]: a view without sinks, a copy with them."""
-        return self._with_sinks(self._query_heads(x_BHTD), 0)
-
-    def keys_with_sinks(self, x_BKTD: Tensor) -> Tensor:
-        """What the kernel reads as keys or values [N, X, sinks + S or S + history, D]."""
-        return self._with_sinks(self._kv_heads(x_BKTD), self.history)
-
-    def sink_keys(self, x_BKTD: Tensor) -> Tensor:
-        """Keys, values or their gradients of the sink tokens as a view [X, sinks, D]."""
-        return self._kv_heads(x_BKTD)[:, : self.sinks]
-
-    def own(self, target_NXSD: Tensor, source_NXSD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of `target`, and what the kernel made of them: `source` without sinks and dropped tokens."""
-        if self.first:
-            yield target_NXSD[0], source_NXSD[0, :, : self.size]
-        yield target_NXSD[self.first :], source_NXSD[self.first :, :, self.sinks :]
-
-    def zeros_for_sinks(self, x_BHTD: Tensor) -> Tensor:
-        """The opposite of `own` for outputs or their gradients: zeros stand for sinks and dropped tokens."""
-        x_NXSD = self.queries(x_BHTD)
-        if not self.sinks:
-            return x_NXSD
-        padded = F.pad(x_NXSD, (0, 0, self.sinks, 0))
-        if self.first:
-            padded[0, :, : self.size].copy_(x_NXSD[0])
-            padded[0, :, self.size :] = 0.0
-        return padded
-
-    def _query_heads(self, x_BHTD: Tensor) -> Tensor:
+    def of_queries(self, x_BHTD: Tensor) -> Tensor:
+        """This slice of heads and document of queries, outputs or their gradients as a view [X, T and more, D]."""
         heads = slice(self.heads.query_start, self.heads.query_start + self.heads.query_heads)
         return x_BHTD[self.row, heads, self.document :]
 
-    def _kv_heads(self, x_BKTD: Tensor) -> Tensor:
+    def of_keys(self, x_BKTD: Tensor) -> Tensor:
+        """The same of keys, values or their gradients."""
         heads = slice(self.heads.kv_start, self.heads.kv_start + self.heads.kv_heads)
         return x_BKTD[self.row, heads, self.document :]
 
-    def _segments(self, x_XTD: Tensor, history: int) -> Tensor:
+    def segments(self, x_XTD: Tensor, history: int = 0) -> Tensor:
+        """The segments as a view to read, [N, X, S + history, D]."""
         stop = self.start + self.step * (self.count - 1) + self.size
         x_XNDS = x_XTD[:, self.start - history : stop].unfold(1, self.size + history, self.step)
         return x_XNDS.permute(1, 0, 3, 2)
 
-    def _with_sinks(self, x_XTD: Tensor, history: int) -> Tensor:
-        x_NXSD = self._segments(x_XTD, history)
+    def segments_with_sinks(self, x_XTD: Tensor, history: int = 0) -> Tensor:
+        """What the kernel reads, [N, X, sinks + S + history, D]: a view without sinks, a copy with them."""
+        x_NXSD = self.segments(x_XTD, history)
         if not self.sinks:
             return x_NXSD
         N, X, S, D = x_NXSD.shape
@@ -144,6 +111,29 @@ class _Piece:
         if self.first:
             padded[0] = x_XTD[:, : self.sinks + S]
         return padded
+
+    def segments_with_zeros(self, x_XTD: Tensor) -> Tensor:
+        """The same of outputs or their gradients: sinks and dropped tokens have none."""
+        x_NXSD = self.segments(x_XTD)
+        if not self.sinks:
+            return x_NXSD
+        padded = F.pad(x_NXSD, (0, 0, self.sinks, 0))
+        if self.first:
+            padded[0, :, : self.size].copy_(x_NXSD[0])
+            padded[0, :, self.size :] = 0.0
+        return padded
+
+    def places(self, target_XTD: Tensor, made_NXSD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of `target` to write to, each with what the kernel made for it, without sinks and dropped tokens."""
+        # Not through `unfold`: functionalization, thus torch.compile, loses what lies between segments (torch 2.13).
+        singles = self.first if self.step == self.size else self.count
+        for n in range(singles):
+            start, skipped = self.start + n * self.step, 0 if self.first and n == 0 else self.sinks
+            yield target_XTD[:, start : start + self.size], made_NXSD[n, :, skipped : skipped + self.size]
+        if singles < self.count:
+            run_XTD = target_XTD[:, self.start + singles * self.size : self.start + self.count * self.size]
+            run_NXSD = run_XTD.unflatten(1, (self.count - singles, self.size)).transpose(0, 1)
+            yield run_NXSD, made_NXSD[singles:, :, self.sinks :]
 
 
 def _pieces(bounds_B: Sequence[Sequence[int]], pattern: Pattern, slices: list[HeadSlice]) -> Iterator[_Piece]:
@@ -188,8 +178,8 @@ class _PieceAttention(torch.autograd.Function):
                 more_NXS = torch.logaddexp(sum_NXS, _logits(piece, sink_logits_H, sum_NXS))
                 out_NXSD = out_NXSD * (sum_NXS - more_NXS).exp()[..., None].to(out_NXSD.dtype)
                 sum_NXS = more_NXS
-            for part, made in piece.own(piece.queries(out_BHTD), out_NXSD):
-                part.copy_(made)
+            for place, made in piece.places(piece.of_queries(out_BHTD), out_NXSD):
+                place.copy_(made)
             sums.append(sum_NXS)
         ctx.pieces, ctx.scaling = pieces, scaling
         ctx.save_for_backward(q, k, v, sink_logits_H, out_BTHD, *sums)
@@ -205,13 +195,13 @@ class _PieceAttention(torch.autograd.Function):
         masks: dict[int, Tensor] = {}
         for piece, sum_NXS in zip(ctx.pieces, sums, strict=True):
             mask = _mask(piece, q, masks)
-            grad_NXSD, out_NXSD = piece.zeros_for_sinks(grad), piece.zeros_for_sinks(out)
+            grad_NXSD, out_NXSD = (piece.segments_with_zeros(piece.of_queries(x)) for x in (grad, out))
             grads = _backward(
                 grad_NXSD, *_inputs(piece, q, k, v), out_NXSD, sum_NXS, 0.0, mask is None,
                 attn_mask=mask, scale=ctx.scaling,
             )  # fmt: skip
-            for part, made in piece.own(piece.queries(q_grad), grads[0]):
-                part.copy_(made)
+            for place, made in piece.places(piece.of_queries(q_grad), grads[0]):
+                place.copy_(made)
             _add_to_keys(piece, k_grad, grads[1])
             _add_to_keys(piece, v_grad, grads[2])
             if logits_grad is not None:
@@ -233,10 +223,10 @@ def _mask(piece: _Piece, like: Tensor, made: dict[int, Tensor]) -> Tensor | None
 
 def _inputs(piece: _Piece, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel reads. It gives its threads whole pairs of segment and key/value head, and needs enough."""
-    keys, values = piece.keys_with_sinks(k), piece.keys_with_sinks(v)
+    keys, values = (piece.segments_with_sinks(piece.of_keys(x), piece.history) for x in (k, v))
     if keys.shape[1] == 1 and keys.shape[0] < _FEW_SEGMENTS:
         keys, values = (x.expand(-1, piece.heads.query_heads, -1, -1) for x in (keys, values))  # a view
-    return piece.queries_with_sinks(q), keys, values
+    return piece.segments_with_sinks(piece.of_queries(q)), keys, values
 
 
 def _logits(piece: _Piece, sink_logits_H: Tensor, like: Tensor) -> Tensor:
@@ -246,16 +236,16 @@ def _logits(piece: _Piece, sink_logits_H: Tensor, like: Tensor) -> Tensor:
 
 def _add_to_keys(piece: _Piece, total_BKTD: Tensor, grad_NXSD: Tensor) -> None:
     """Add the gradient of what a piece read as keys or values: its own tokens, its history and the sinks."""
-    own = piece.keys(total_BKTD)
-    if grad_NXSD.shape[1] != own.shape[1]:  # see _inputs
+    total_XTD = piece.of_keys(total_BKTD)
+    if grad_NXSD.shape[1] != len(total_XTD):  # see _inputs
         grad_NXSD = grad_NXSD.sum(1, keepdim=True)
     if piece.history:
-        piece.keys(total_BKTD, piece.history).add_(grad_NXSD)
+        total_XTD[:, piece.start - piece.history : piece.start + piece.size].add_(grad_NXSD[0])
         return
-    for part, made in piece.own(own, grad_NXSD):
-        part.add_(made)
+    for place, made in piece.places(total_XTD, grad_NXSD):
+        place.add_(made)
     if piece.sinks:
-        piece.sink_keys(total_BKTD).add_(grad_NXSD[piece.first :, :, : piece.sinks].sum(0))
+        total_XTD[:, : piece.sinks].add_(grad_NXSD[piece.first :, :, : piece.sinks].sum(0))
 
 
 def _has_gaps(pieces: list[_Piece], x_BXTD: Tensor) -> bool:

@@ -32,11 +32,11 @@ class LazyMask:
         self._restarts_BT: Tensor | None = None
 
     def learn_positions(self, positions: Tensor | None) -> None:
-        """Positions that reached a layer: some models (gpt-oss, OPT, AFMoE) do not give them to their mask.
+        """Positions that reached a layer: where they restart, a document begins.
 
-        As in transformers, restarting positions mean packed documents only without a padding mask.
+        Some models (gpt-oss, OPT, AFMoE) do not give them to their mask, and none does beside a padding mask.
         """
-        if self._restarts_BT is not None or positions is None or self._arguments.get("attention_mask") is not None:
+        if self._restarts_BT is not None or positions is None:
             return
         if positions.ndim == 2 and positions.shape[1] == self._arguments["q_length"]:
             self._restarts_BT = positions.diff(dim=1) != 1

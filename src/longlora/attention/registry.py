@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,12 +20,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from longlora.attention.backends import Backend, attend, choose_backend
 from longlora.attention.layers import Shift, attention_modules, describe_layers, has_window, layer_patterns
 from longlora.attention.lazy_mask import LazyMask, lazy_mask
-from longlora.attention.pattern import Pattern, S2Pattern, WindowPattern
+from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
 from longlora.attention.rolled import rolled_attention
 from longlora.errors import ModelError
 
 S2_ATTENTION = "s2_attn"
 _SETTINGS = "longlora_s2"
+_generating: ContextVar[bool] = ContextVar("longlora_generating", default=False)
 _CACHE_HOOK = "longlora_cache_hook"
 # Layers of other kinds see chosen or compressed keys, and are refused.
 _LAYER_TYPES = {
@@ -155,7 +157,8 @@ def s2_attention_forward(
         ModelError: the module was not prepared by `use_s2`, or asks for something S2-Attn does not compute.
     """
     settings = settings_of(module)
-    if not module.training and not (settings.sparse_in_evaluation and query.shape[2] == key.shape[2]):
+    in_training = module.training and not _generating.get()
+    if not in_training and not (settings.sparse_in_evaluation and query.shape[2] == key.shape[2]):
         own = {name: value for name, value in (("softcap", softcap), ("s_aux", s_aux)) if value is not None}
         return _full_attention_forward(
             settings, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **own, **kwargs
@@ -190,7 +193,13 @@ def _full_attention_forward(
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+    # Flash functions look there for the kernel they shall load.
+    config: Any = module.config
+    registered, config._attn_implementation = config._attn_implementation, implementation
+    try:
+        return function(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+    finally:
+        config._attn_implementation = registered
 
 
 def _require_computable(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -214,9 +223,14 @@ def _require_plain(bounds_B: list[list[int]], tokens: int, softcap: float | None
 def _no_cache_in_training(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """With a KV cache transformers ignores packed documents; training has no use for one."""
-    if decoder.training:
-        if kwargs.get("past_key_values") is not None:
+    """With a KV cache transformers ignores packed documents; training has no use for one.
+
+    A cache without gradients is generation, by somebody who did not call ``model.eval()``: full attention as ever.
+    """
+    cached = kwargs.get("past_key_values") is not None
+    _generating.set(decoder.training and cached and not torch.is_grad_enabled())
+    if decoder.training and not _generating.get():
+        if cached:
             raise ModelError("past_key_values in training: S2-Attn takes no KV cache there, or call model.eval()")
         kwargs["use_cache"] = False
     return args, kwargs
@@ -255,11 +269,13 @@ def _require_backend(backend: Backend) -> None:
 
 
 def settings_of(module: nn.Module) -> S2Settings:
-    """What `use_s2` left on an attention module; `ModelError` if it did not."""
+    """What `use_s2` left on an attention module; `ModelError` in training if it did not."""
     settings: S2Settings | None = getattr(module, _SETTINGS, None)
-    if settings is None:
-        raise ModelError(f"{type(module).__name__} has no S2-Attn settings: call longlora.use_s2(model) first")
-    return settings
+    if settings is not None:
+        return settings
+    if not module.training:  # a fresh model of a config that says s2_attn, as trainers make for reference
+        return S2Settings(FULL, "sdpa", "auto", sparse_in_evaluation=False, wraparound=False)
+    raise ModelError(f"{type(module).__name__} has no S2-Attn settings: call longlora.use_s2(model) first")
 
 
 def describe_attention(model: nn.Module) -> str:
@@ -285,6 +301,8 @@ def _full_attention(model: PreTrainedModel, modules: list[nn.Module]) -> str:
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     unwrap: Any = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap is not None else model
+    if hasattr(inner, "_orig_mod"):
+        raise ModelError("the model is compiled already: call longlora.use_s2 before torch.compile")
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"{type(model).__name__} is not a transformers model, nor PEFT's wrapper of one")
     return inner
