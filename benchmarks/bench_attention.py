@@ -34,7 +34,14 @@ SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64)}
 DTYPE = torch.bfloat16
 
 
-def make_ways(shape: tuple[int, int, int], T: int, group: int, device: torch.device) -> dict[str, Callable[[], None]]:
+Way = tuple[str, str]
+"""Group as given on the command line, and what computes it."""
+
+
+def make_ways(
+    shape: tuple[int, int, int], T: int, groups: dict[str, int], device: torch.device
+) -> dict[Way, Callable[[], None]]:
+    """One forward and backward pass each."""
     H, K, D = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -43,28 +50,34 @@ def make_ways(shape: tuple[int, int, int], T: int, group: int, device: torch.dev
 
     q, k, v = (tensor(1, T, heads, D).transpose(1, 2).requires_grad_() for heads in (H, K, K))
     grad_BTHD = tensor(1, T, H, D)
-    cut = [
-        x.detach().squeeze(0).unflatten(1, (T // group, group)).transpose(0, 1).contiguous().requires_grad_()
-        for x in (q, k, v)
-    ]
-    cut_grad = tensor(T // group, H, group, D)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def ours(sinks: int) -> Callable[[], None]:
-        return lambda: step(attend(q, k, v, [[0, T]], S2Pattern(group, sinks)))
-
     def step(out_BTHD: Tensor) -> None:
         torch.autograd.grad(out_BTHD, (q, k, v), grad_BTHD)
 
-    return {
-        "full": lambda: step(sdpa(q, k, v).transpose(1, 2)),
-        "roll": lambda: step(rolled_attention(q, k, v, group)),
-        "ours, 0 sinks": ours(0),
-        "ours, 4 sinks": ours(4),
-        "floor": lambda: torch.autograd.grad(sdpa(*cut), cut, cut_grad) and None,
-    }
+    def ours(group: int, sinks: int) -> Callable[[], None]:
+        return lambda: step(attend(q, k, v, [[0, T]], S2Pattern(group, sinks)))
+
+    def roll(group: int) -> Callable[[], None]:
+        return lambda: step(rolled_attention(q, k, v, group))
+
+    def floor(group: int) -> Callable[[], None]:
+        cut = [
+            x.detach().squeeze(0).unflatten(1, (T // group, group)).transpose(0, 1).contiguous().requires_grad_()
+            for x in (q, k, v)
+        ]
+        cut_grad = tensor(T // group, H, group, D)
+        return lambda: torch.autograd.grad(sdpa(*cut), cut, cut_grad) and None
+
+    ways: dict[Way, Callable[[], None]] = {("", "full"): lambda: step(sdpa(q, k, v).transpose(1, 2))}
+    for name, group in groups.items():
+        ways[name, "roll"] = roll(group)
+        ways[name, "ours, 0 sinks"] = ours(group, 0)
+        ways[name, "ours, 4 sinks"] = ours(group, 4)
+        ways[name, "floor"] = floor(group)
+    return ways
 
 
 def allocated_bytes(call: Callable[[], None], device: torch.device) -> int:
@@ -94,47 +107,49 @@ def main() -> None:
     print(f"backend {choose_backend('auto', device, DTYPE)}")
     for name in args.shapes:
         for T in args.tokens:
-            for group_name in args.groups:
-                group = T // 4 if group_name == "T/4" else int(group_name)
-                ways = make_ways(SHAPES[name], T, group, device)
-                if args.profile:
-                    profile(ways, device)
-                    continue
-                if args.full_up_to < T:
-                    del ways["full"]
-                measure(name, T, group_name, group, ways, args.repeats, device)
+            groups = {group: T // 4 if group == "T/4" else int(group) for group in args.groups}
+            ways = make_ways(SHAPES[name], T, groups, device)
+            if args.full_up_to < T:
+                del ways["", "full"]
+            if args.profile:
+                profile(ways, device)
+            else:
+                measure(name, T, groups, ways, args.repeats, device)
 
 
 def measure(
-    shape: str, T: int, group_name: str, group: int, ways: dict[str, Callable[[], None]], repeats: int,
-    device: torch.device,
-) -> None:  # fmt: skip
+    shape: str, T: int, groups: dict[str, int], ways: dict[Way, Callable[[], None]], repeats: int, device: torch.device
+) -> None:
     seconds = interleaved(ways, repeats, device)
     medians = {way: percentiles(times)[1] for way, times in seconds.items()}
     rows = []
-    for way, times in seconds.items():
+    for (group, way), times in seconds.items():
         p20, p50, p80 = percentiles(times)
+        others = {"floor": (group, "floor"), "roll": (group, "roll"), "full": ("", "full")}
+        against = {name: medians[other] / p50 for name, other in others.items() if other in medians}
         rows.append({
-            "shape": shape, "tokens": T, "group": group_name, "group_size": group, "way": way,
+            "shape": shape, "tokens": T, "group": group, "group_size": groups.get(group, T), "way": way,
             "p20_s": f"{p20:.4f}", "p50_s": f"{p50:.4f}", "p80_s": f"{p80:.4f}", "repeats": repeats,
-            "of_floor": f"{medians['floor'] / p50:.3f}", "bytes": allocated_bytes(ways[way], device),
+            **{f"{name}_over_this": f"{against[name]:.3f}" if name in against else "" for name in others},
+            "bytes": allocated_bytes(ways[group, way], device),
         })  # fmt: skip
-        against = {other: medians[other] / p50 for other in ("floor", "roll", "full") if other in medians}
         print(
-            f"{shape:14} T {T:6} group {group_name:5} {way:14} p50 {p50:8.4f} s",
-            *(f"  {other} / this {ratio:5.2f}" for other, ratio in against.items()),
+            f"{shape:14} T {T:6} group {group or '-':5} {way:14} p50 {p50:8.4f} s",
+            *(f"  {name} / this {ratio:5.2f}" for name, ratio in against.items()),
             f"  {rows[-1]['bytes'] / 2**20:7.0f} MiB",
             flush=True,
         )
     append_rows("attention", rows, device)
 
 
-def profile(ways: dict[str, Callable[[], None]], device: torch.device) -> None:
-    for way in ("floor", "ours, 0 sinks", "ours, 4 sinks"):
-        ways[way]()
+def profile(ways: dict[Way, Callable[[], None]], device: torch.device) -> None:
+    for (group, way), call in ways.items():
+        if way in ("full", "roll"):
+            continue
+        call()
         with torch.profiler.profile() as recorded:
-            ways[way]()
-        print(way)
+            call()
+        print(f"group {group}, {way}")
         print(recorded.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=8))
 
 
