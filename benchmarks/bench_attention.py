@@ -6,7 +6,8 @@ python benchmarks/bench_attention.py --tokens 16384 --repeats 5 --profile
 Ways, on queries, keys and values as a transformers layer has them ([B, T, heads, D] in memory):
 
 - full: `scaled_dot_product_attention` over the whole sequence
-- roll: the paper's Algorithm 1 (`attention/rolled.py`), keys and values repeated to all heads as it needs
+- Algorithm 1: the paper's, letter by letter: queries, keys and values in one tensor, keys and values repeated to all heads
+- roll: the same without the one tensor (`attention/rolled.py`)
 - ours, 0 and 4 sink tokens: the backend that is chosen for the device
 - floor: one batched causal `scaled_dot_product_attention` over contiguous tensors that were cut into groups beforehand
 
@@ -32,6 +33,20 @@ from longlora.memory.allocator import keep_freed_memory
 # Name: query heads, key/value heads, head dim.
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64)}
 DTYPE = torch.bfloat16
+
+
+def algorithm_1(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, group: int) -> Tensor:
+    """S2-Attn as the paper's Algorithm 1 has it, on a tensor [B, T, 3, H, D] -> [B, T, H, D]. It leaks."""
+    B, H, T, D = q_BHTD.shape
+    repeat = H // k_BKTD.shape[1]
+    k_BHTD, v_BHTD = k_BKTD.repeat_interleave(repeat, 1), v_BKTD.repeat_interleave(repeat, 1)
+    qkv = torch.stack([x.transpose(1, 2) for x in (q_BHTD, k_BHTD, v_BHTD)], dim=2)
+    still, shifted = qkv.chunk(2, 3)
+    qkv = torch.cat([still, shifted.roll(-group // 2, 1)], 3).view(B * T // group, group, 3, H, D)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, H, D)
+    still, shifted = out.chunk(2, 2)
+    return torch.cat([still, shifted.roll(group // 2, 1)], 2)
 
 
 Way = tuple[str, str]
@@ -63,6 +78,9 @@ def make_ways(
     def roll(group: int) -> Callable[[], None]:
         return lambda: step(rolled_attention(q, k, v, group))
 
+    def paper(group: int) -> Callable[[], None]:
+        return lambda: step(algorithm_1(q, k, v, group))
+
     def floor(group: int) -> Callable[[], None]:
         cut = [
             x.detach().squeeze(0).unflatten(1, (T // group, group)).transpose(0, 1).contiguous().requires_grad_()
@@ -73,6 +91,7 @@ def make_ways(
 
     ways: dict[Way, Callable[[], None]] = {("", "full"): lambda: step(sdpa(q, k, v).transpose(1, 2))}
     for name, group in groups.items():
+        ways[name, "Algorithm 1"] = paper(group)
         ways[name, "roll"] = roll(group)
         ways[name, "ours, 0 sinks"] = ours(group, 0)
         ways[name, "ours, 4 sinks"] = ours(group, 4)
@@ -125,12 +144,14 @@ def measure(
     rows = []
     for (group, way), times in seconds.items():
         p20, p50, p80 = percentiles(times)
-        others = {"floor": (group, "floor"), "roll": (group, "roll"), "full": ("", "full")}
+        others = {
+            "floor": (group, "floor"), "Algorithm 1": (group, "Algorithm 1"), "roll": (group, "roll"), "full": ("", "full")
+        }  # fmt: skip
         against = {name: medians[other] / p50 for name, other in others.items() if other in medians}
         rows.append({
             "shape": shape, "tokens": T, "group": group, "group_size": groups.get(group, T), "way": way,
             "p20_s": f"{p20:.4f}", "p50_s": f"{p50:.4f}", "p80_s": f"{p80:.4f}", "repeats": repeats,
-            **{f"{name}_over_this": f"{against[name]:.3f}" if name in against else "" for name in others},
+            **{f"{name} / this": f"{against[name]:.3f}" if name in against else "" for name in others},
             "bytes": allocated_bytes(ways[group, way], device),
         })  # fmt: skip
         print(
@@ -144,7 +165,7 @@ def measure(
 
 def profile(ways: dict[Way, Callable[[], None]], device: torch.device) -> None:
     for (group, way), call in ways.items():
-        if way in ("full", "roll"):
+        if way in ("full", "roll", "Algorithm 1"):
             continue
         call()
         with torch.profiler.profile() as recorded:

@@ -32,7 +32,7 @@ from longlora.attention.pattern import HeadSlice, Pattern, Run, head_slices, pat
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # With fewer segments than this for one key/value head, the query heads that share it are given to threads one by one.
-_FEW_SEGMENTS = 64
+_FEW_SEGMENTS = 8
 
 
 def cpu_flash_attention(
