@@ -6,7 +6,7 @@ python benchmarks/bench_attention.py --tokens 16384 --repeats 5 --profile
 Ways, on queries, keys and values as a transformers layer has them ([B, T, heads, D] in memory):
 
 - full: `scaled_dot_product_attention` over the whole sequence
-- Algorithm 1: the paper's, letter by letter: queries, keys and values in one tensor, keys and values repeated to all heads
+- Algorithm 1: the paper's, letter by letter, on one tensor of queries, keys and values, repeated to all heads
 - roll: the same without the one tensor (`attention/rolled.py`)
 - ours, 0 and 4 sink tokens: the backend that is chosen for the device
 - floor: one batched causal `scaled_dot_product_attention` over contiguous tensors that were cut into groups beforehand
@@ -145,7 +145,8 @@ def measure(
     for (group, way), times in seconds.items():
         p20, p50, p80 = percentiles(times)
         others = {
-            "floor": (group, "floor"), "Algorithm 1": (group, "Algorithm 1"), "roll": (group, "roll"), "full": ("", "full")
+            "floor": (group, "floor"), "Algorithm 1": (group, "Algorithm 1"), "roll": (group, "roll"),
+            "full": ("", "full"),
         }  # fmt: skip
         against = {name: medians[other] / p50 for name, other in others.items() if other in medians}
         rows.append({
