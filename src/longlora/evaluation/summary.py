@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from longlora.evaluation.records import (
     LABELS,
@@ -86,7 +87,7 @@ def summarize(evaluations: Mapping[str, Evaluation]) -> Summary:
     for length in sorted({row.length for item in evaluations.values() for row in item.passkey}):
         rows += _passkey_rows(evaluations, length)
     return Summary(
-        model=any_one.model,
+        model=Path(any_one.model).name if Path(any_one.model).is_absolute() else any_one.model,
         original_context_length=old,
         context_length=new,
         measured=tuple(evaluations),
