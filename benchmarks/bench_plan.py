@@ -4,14 +4,15 @@ python benchmarks/bench_plan.py            writes benchmarks/results/plan.csv; p
 python benchmarks/bench_plan.py --only smol-4k mid-8k --again
 
 Every model has random weights. A point is predicted in one process and trained for three steps in another, through
-`longlora.training.trainer.train`; peak memory is that of the process (``ru_maxrss``), time the median of the steps after
-the first. Run it on an idle machine: memory is the same on a busy one, time is not.
+`longlora.training.trainer.train`; peak memory is that of the process (``ru_maxrss``), time the median of the steps
+after the first. Run it on an idle machine: memory is the same on a busy one, time is not.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import random
 import resource
@@ -160,14 +161,14 @@ def measure(point: Point, folder: Path) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [json.loads(line) for line in RunFolder(recipe.run_path).metrics.read_text().splitlines()]
     times = [row["seconds"] for row in rows]
-    steps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return {"bytes": peak, "seconds": statistics.median(steps)}
 
 
 def in_process(way: str, name: str, folder: Path) -> dict[str, Any]:
     made = subprocess.run(
         [sys.executable, __file__, "--way", way, "--only", name, "--folder", str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", check=False,
+        capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     if made.returncode:
         raise SystemExit(f"{name}: {way} failed:\n{made.stderr[-3000:]}")

@@ -26,6 +26,7 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 
 from longlora.attention.pattern import S2Pattern, may_attend
+from longlora.planning.flops import paper_attention_tflops, paper_linear_tflops
 
 FIGURES = Path(__file__).parent / "figures"
 
@@ -102,18 +103,13 @@ def packed_cells(lengths: Sequence[int], group_size: int, sink_tokens: int, *, s
 
 
 def attention_operations(tokens: int, group_size: int) -> float:
-    """Floating-point operations of scores and weighted sums in one forward pass, in 10^12.
-
-    Each token meets `group_size` keys, twice (scores, sums), a multiplication and an addition each. As in the paper's
-    table 11 the half that causality saves is not subtracted. Sink tokens are left out: put in front of the queries and
-    the keys of a group they add about 2 * sink_tokens / group_size.
-    """
-    return 4 * tokens * min(group_size, tokens) * _HIDDEN * _LAYERS / 1e12
+    """Of Llama-2-7B, forward, in 10^12; see the planner."""
+    return paper_attention_tflops(tokens, group_size, _LAYERS, _HIDDEN)
 
 
 def linear_operations(tokens: int) -> float:
-    """The same for all linear layers: q, k, v and output projections, and the three matrices of the MLP."""
-    return (8 * tokens * _HIDDEN**2 + 6 * tokens * _HIDDEN * _MLP) * _LAYERS / 1e12
+    """The same for all its linear layers."""
+    return paper_linear_tflops(tokens, _LAYERS, _HIDDEN, _MLP)
 
 
 @dataclass(frozen=True)

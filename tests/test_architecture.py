@@ -12,13 +12,13 @@ SOURCE = Path(__file__).parent.parent / "src" / "longlora"
 LAYERS = [
     {"cli"},
     {"quickstart"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "planning"},
     {"model", "data"},
     {"memory", "attention"},
     {"config", "artifacts"},
     {"errors", "hints"},
 ]
-FORBIDDEN = [("data", "model"), ("evaluation", "training"), ("training", "evaluation")]
+FORBIDDEN = [("data", "model"), ("evaluation", "training"), ("training", "evaluation"), ("planning", "training")]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(SOURCE.rglob("*.py"))
 

@@ -32,6 +32,9 @@ class ModelConfig(_Section):
     """Hub revision; ignored for a local folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the frozen weights and of the merged model. Trained weights are always float32 while training."""
+    quantization: Literal["none", "nf4"] = "none"
+    """``nf4`` keeps the frozen linear weights in 4 bits while training, through bitsandbytes (QLoRA, Dettmers et al.
+    2023). Evaluation and merge read the unquantized model."""
     original_context_length: int | None = Field(default=None, gt=0)
     """Tokens the base model was trained for. Needed only where its config does not say it unambiguously."""
 
@@ -105,8 +108,17 @@ class AdapterConfig(_Section):
     takes them."""
     train_embeddings: bool = True
     """Train the input embeddings in full; tied output embeddings with them."""
+    embedding_rows: Literal["all", "occurring"] = "all"
+    """``occurring`` trains only the rows whose tokens occur in the training texts: the others get no gradient from the
+    input anyway, but where output embeddings are tied they get one, and are then left as they are."""
     train_norms: bool = True
     """Train all normalisation layers in full."""
+
+    @model_validator(mode="after")
+    def _rows_of_trained_embeddings(self) -> AdapterConfig:
+        if self.embedding_rows != "all" and not self.train_embeddings:
+            raise ValueError("embedding_rows=occurring needs train_embeddings=true: set it or leave embedding_rows out")
+        return self
 
 
 class DataConfig(_Section):
@@ -149,6 +161,18 @@ class TrainConfig(_Section):
     """Order of the sequences and initial LoRA weights."""
     activation_checkpointing: bool = True
     """Keep only the inputs of the layers and compute the rest again in the backward pass."""
+    activation_checkpointing_every: int = Field(default=1, gt=0)
+    """Checkpoint one layer in this many; the others keep what they computed: faster, with more memory."""
+    activation_offload: bool = False
+    """Keep the inputs of the checkpointed layers in main memory; CUDA only."""
+    mlp_tile_tokens: int | None = Field(default=None, gt=0)
+    """Tokens whose MLP activations exist at one time, computed again in the backward pass; null means all of a micro
+    batch (ALST, Bekman et al. 2025)."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """``adamw`` is torch's fused one. The others keep its state in 8 bits, but for whole embeddings, through
+    bitsandbytes on CUDA; ``paged`` lets it move to main memory."""
+    liger_kernels: bool = False
+    """Fused norms, RoPE and MLP activations of the package liger-kernel; CUDA only."""
     loss_chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens whose logits exist at one time."""
     logging_steps: int = Field(default=1, gt=0)
@@ -157,6 +181,27 @@ class TrainConfig(_Section):
     """Steps between checkpoints."""
     save_total_limit: int = Field(default=2, gt=0)
     """Complete checkpoints kept."""
+
+    @model_validator(mode="after")
+    def _checkpointing_is_on(self) -> TrainConfig:
+        if not self.activation_checkpointing and (self.activation_checkpointing_every > 1 or self.activation_offload):
+            raise ValueError(
+                f"activation_checkpointing=false, but activation_checkpointing_every="
+                f"{self.activation_checkpointing_every}, activation_offload={self.activation_offload}: "
+                "set activation_checkpointing=true or leave them out"
+            )
+        return self
+
+
+CHANGEABLE_ON_RESUME = (
+    "steps",
+    "activation_checkpointing",
+    "activation_checkpointing_every",
+    "activation_offload",
+    "mlp_tile_tokens",
+    "loss_chunk_tokens",
+)
+"""Keys of `train` that a resumed run may change: its length, and what changes results by rounding at most."""
 
 
 class PerplexityConfig(_Section):

@@ -19,5 +19,13 @@ class ModelError(LongLoraError):
     """A model, adapter or attention setting that cannot be used."""
 
 
+class UnsupportedModelError(ModelError):
+    """An architecture that shifted sparse attention does not support."""
+
+
 class RunFolderError(LongLoraError):
     """A run folder that is in use, incomplete or damaged."""
+
+
+class PlanError(LongLoraError):
+    """A run that the machine cannot hold, or a machine that is not known."""

@@ -1,6 +1,7 @@
 """The seam to transformers: what a user of `use_s2` relies on, through a whole model."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,6 +161,53 @@ def test_the_original_implementation_sees_its_own_name(tiny_llama: LlamaForCausa
     logits(tiny_llama, ids)
     assert set(seen) == {"spy"}
     assert tiny_llama.config._attn_implementation == "s2_attn"
+
+
+def test_evaluation_in_two_threads_leaves_the_config_alone(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """DataParallel and servers share one config between threads."""
+    full = logits(tiny_llama, ids)
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: logits(tiny_llama, ids), range(12)):
+            torch.testing.assert_close(found, full)
+    assert tiny_llama.config._attn_implementation == "s2_attn"
+
+
+def test_generating_between_forward_and_backward_changes_no_gradient(
+    tiny_llama: LlamaForCausalLM, ids: torch.Tensor
+) -> None:
+    """With activation checkpointing layers are computed again in the backward pass."""
+    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=1)
+    tiny_llama.train().gradient_checkpointing_enable({"use_reentrant": False})
+    weight = tiny_llama.model.layers[0].self_attn.q_proj.weight
+    expected = torch.autograd.grad(tiny_llama(input_ids=ids, labels=ids).loss, weight)[0]
+    loss = tiny_llama(input_ids=ids, labels=ids).loss
+    tiny_llama.gradient_checkpointing_disable()
+    tiny_llama.generate(ids, max_new_tokens=2, do_sample=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
+
+
+def test_a_fresh_model_without_sdpa_evaluates_as_its_own(ids: torch.Tensor) -> None:
+    model = make_gemma2()
+    full = logits(model, ids)
+    longlora.use_s2(model, group_size=4, sink_tokens=1)
+    fresh = Gemma2ForCausalLM._from_config(model.config, attn_implementation="s2_attn").eval()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(fresh, ids), full)
+
+
+def test_a_window_longer_than_the_context_is_none() -> None:
+    """Phi-3.5-mini's config has one."""
+    config = MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=300, max_position_embeddings=128,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    longlora.use_s2(model, group_size=8, sink_tokens=0)
+    assert describe_attention(model).startswith("sparse in layer 0")
+    sparse = logits(model.train(), torch.arange(32)[None])
+    longlora.use_full(model)
+    assert not torch.allclose(sparse, logits(model, torch.arange(32)[None]))
 
 
 def test_a_compiled_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:

@@ -78,7 +78,7 @@ def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, t
     run = tmp_path / "run"
     # A run that was stopped before its end goes on with `resume`, here for one more step.
     shutil.rmtree(run / "adapter")
-    resumed = longlora("resume", "run", "train.steps=3")
+    resumed = longlora("resume", "run", "train.steps=3", "train.mlp_tile_tokens=64")
     assert resumed.returncode == 0, resumed.stderr
     assert "step 3/3" in resumed.stdout
     assert "step 2/3" not in resumed.stdout
@@ -117,11 +117,12 @@ def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, t
     assert "output folder run/merged already exists" in merged_again.stderr
 
 
-def test_resume_takes_no_other_settings_than_a_longer_run(longlora: Callable[..., Result], recipe: Path) -> None:
+def test_resume_takes_a_longer_run_and_memory_levers_alone(longlora: Callable[..., Result], recipe: Path) -> None:
     assert longlora("prepare", "recipe.yaml").returncode == 0
     changed = longlora("resume", "recipe.yaml", "train.learning_rate=0.5")
     assert changed.returncode == 2
     assert "train differs from the recipe" in changed.stderr
+    assert "of train only steps, activation_checkpointing, " in changed.stderr
     other_data = longlora("train", "recipe.yaml", "data.add_special_tokens=false")
     assert other_data.returncode == 2
     assert "prepare again" in other_data.stderr

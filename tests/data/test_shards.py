@@ -48,6 +48,15 @@ def manifest_of(folder: Path) -> dict[str, object]:
 
 
 class TestRoundTrip:
+    @pytest.mark.parametrize("batch", [1, 7, 1_000_000])
+    def test_occurring_tokens_are_those_of_all_documents_once(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, batch: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shard = write(tmp_path / "shard", ["abba cab", "zz", "abba"], tokenizer)
+        monkeypatch.setattr("longlora.data.shards._BATCH_CHARACTERS", batch)
+        wanted = sorted({int(token) for i in range(len(shard)) for token in shard.document(i)})
+        assert shard.occurring_tokens().tolist() == wanted
+
     @settings(max_examples=25, deadline=None)
     @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=8))
     def test_documents_come_back(

@@ -11,14 +11,18 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
 
 from longlora.artifacts import RunFolder
 from longlora.attention import registry
 from longlora.attention.pattern import FULL
 from longlora.config import Recipe, build_recipe
 from longlora.data.prepare import prepare_shards
+from longlora.data.shards import open_shard
 from longlora.errors import LongLoraError
-from longlora.model.build import load_tokenizer, tokenizer_hash
+from longlora.model.build import load_config, load_for_training, load_tokenizer, tokenizer_hash
+from longlora.model.merge import merge_adapter
 from longlora.training import trainer as trainer_module
 from longlora.training.trainer import train
 
@@ -111,7 +115,8 @@ def test_the_final_phase_is_full_attention_also_after_resuming(
     attend = registry.attend
 
     def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: object, pattern: object, **options: object):
-        patterns.append(pattern)
+        if torch.is_grad_enabled():  # not the probe before training
+            patterns.append(pattern)
         return attend(q, k, v, bounds, pattern, **options)
 
     expected = weights(train(annealed, QUIET))
@@ -173,6 +178,125 @@ def test_checkpointing_changes_nothing(tmp_path: Path, tiny_model_folder: Path) 
     first, second = weights(train(with_it, QUIET)), weights(train(without, QUIET))
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_memory_levers_change_nothing_but_rounding(tmp_path: Path, tiny_model_folder: Path) -> None:
+    plain = make_recipe(tmp_path, tiny_model_folder, "plain", steps=2, activation_checkpointing=False)
+    levers = make_recipe(
+        tmp_path, tiny_model_folder, "levers", steps=2, activation_checkpointing_every=2, mlp_tile_tokens=30
+    )
+    expected, found = weights(train(plain, QUIET)), weights(train(levers, QUIET))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    for first, second in zip(rows(plain), rows(levers), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
+
+
+def test_a_trained_table_is_held_once(tmp_path: Path, tiny_model_folder: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder, steps=1)
+    out = io.StringIO()
+    train(recipe, Console(file=out, width=200))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    frozen = base.num_parameters() - base.get_input_embeddings().weight.numel()
+    assert f"beside {frozen:,} frozen ones" in out.getvalue()
+
+
+def with_rows(recipe: Recipe, rows: str) -> Recipe:
+    return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"embedding_rows": rows})})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_occurring_embedding_rows_are_trained_resumed_saved_and_merged(tmp_path: Path, tied: bool) -> None:
+    source = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    recipe = with_rows(make_recipe(tmp_path, source), "occurring")
+    run = RunFolder(recipe.run_path)
+    occurring = open_shard(run.train_shard, None).occurring_tokens().tolist()
+    assert 10 < len(occurring) < 40
+    trained = weights(train(recipe, QUIET))
+    (delta,) = [tensor for name, tensor in trained.items() if "embed_tokens" in name]
+    assert delta.shape == (len(occurring), 72)
+
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-6")
+    resumed = weights(train(recipe, QUIET, resume=True))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in trained.items())
+
+    merge_adapter(run.adapter, run.merged)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (source, run.merged))
+    old, new = before.get_input_embeddings().weight, after.get_input_embeddings().weight
+    others = [row for row in range(len(old)) if row not in occurring]
+    torch.testing.assert_close(new[occurring], delta)
+    assert (new[occurring] - old[occurring]).abs().max() > 1e-3
+    assert torch.equal(new[others], old[others])
+    assert (after.get_output_embeddings().weight is new) is tied
+
+    if not tied:  # every other row has no gradient, so the runs are the same run
+        whole = make_recipe(tmp_path, source, "whole")
+        train(whole, QUIET)
+        for first, second in zip(rows(whole), rows(recipe), strict=True):
+            assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+            assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-3)
+
+
+def test_running_out_of_memory_names_a_lever_and_the_run_goes_on_with_it(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder)
+    expected = weights(train(make_recipe(tmp_path, tiny_model_folder, "undisturbed"), QUIET))
+
+    def too_much(loss: torch.Tensor) -> torch.Tensor:
+        return loss + torch.empty(1 << 50)
+
+    with monkeypatch.context() as patched:
+        spoil_loss(patched, 8, too_much)
+        with pytest.raises(LongLoraError, match="out of memory on cpu in step 4.*the largest part is about.*intact"):
+            train(recipe, QUIET)
+    run = RunFolder(recipe.run_path)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
+    tiled = recipe.model_copy(update={"train": recipe.train.model_copy(update={"mlp_tile_tokens": 30})})
+    resumed = weights(train(tiled, QUIET, resume=True))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_running_out_of_memory_while_saving_is_not_called_a_full_disk(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch, "save", no_memory)
+    with pytest.raises(LongLoraError, match="out of memory .* Tried to allocate"):
+        train(recipe, QUIET)
+    assert not list(RunFolder(recipe.run_path).checkpoints.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("tile", [None, 30])
+def test_nf4_weights_are_trained_on_and_merged_into_the_unquantized_model(tmp_path: Path, tile: int | None) -> None:
+    """bitsandbytes has CPU kernels since 0.49: `pip install 'longlora[qlora]'` to run this."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+    source = save_tiny_model(tmp_path / "base", hidden_size=128, intermediate_size=256, **heads)
+    recipe = make_recipe(tmp_path, source, steps=8, mlp_tile_tokens=tile)
+    model = recipe.model.model_copy(update={"quantization": "nf4", "dtype": "bfloat16"})
+    recipe = recipe.model_copy(update={"model": model})
+    base, _ = load_for_training(model, load_config(model), torch.device("cpu"))
+    kinds = {type(module) for module in base.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {bitsandbytes.nn.Linear4bit, torch.nn.Linear}, "all linear layers but the head"
+    assert base.get_input_embeddings().weight.dtype is torch.bfloat16
+    trained = weights(train(recipe, QUIET))
+    assert all(tensor.abs().max() > 0 for name, tensor in trained.items()), "every LoRA B has been trained"
+    logged = rows(recipe)
+    assert logged[-1]["loss"] < logged[0]["loss"] - 0.3
+    run = RunFolder(recipe.run_path)
+    merge_adapter(run.adapter, run.merged)
+    merged = AutoModelForCausalLM.from_pretrained(run.merged)
+    assert getattr(merged.config, "quantization_config", None) is None
+    assert merged.dtype is torch.bfloat16
 
 
 def test_training_uses_the_sparse_pattern_and_bfloat16_works(tmp_path: Path, tiny_model_folder: Path) -> None:

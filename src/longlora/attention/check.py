@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from longlora.attention.layers import attention_modules
 from longlora.attention.registry import use_full, use_s2
-from longlora.errors import LongLoraError
+from longlora.errors import LongLoraError, UnsupportedModelError
 
 _GROUP = 16
 _SINKS = 2
@@ -56,6 +56,20 @@ def check_model(model: PreTrainedModel) -> Iterator[CheckResult]:
             model.eval()
             use_full(model)
         yield CheckResult(name, passed, detail)
+
+
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether packed documents train as separate ones do, with S2-Attn or, where that is unsupported, without.
+
+    States and convolutions of hybrid models carry over from one document to the next, and some architectures do not
+    tell their attention where documents begin. Leaves the model in evaluation mode with full attention.
+    """
+    model.eval()
+    try:
+        passed, _ = _documents_are_isolated(model)
+    except UnsupportedModelError:
+        passed, _ = _compare_packed(model)
+    return passed
 
 
 @contextmanager
@@ -130,12 +144,16 @@ def _long_group_is_full(model: PreTrainedModel) -> tuple[bool, str]:
 
 
 def _documents_are_isolated(model: PreTrainedModel) -> tuple[bool, str]:
+    with _sparse(model):
+        return _compare_packed(model)
+
+
+def _compare_packed(model: PreTrainedModel) -> tuple[bool, str]:
     first, second = _tokens(model, 2 * _GROUP + 3, seed=1), _tokens(model, _GROUP + 7, seed=2)
     packed = torch.cat([first, second], dim=1)
     positions = torch.cat([torch.arange(first.shape[1]), torch.arange(second.shape[1])])[None].to(model.device)
-    with _sparse(model):
-        alone = torch.cat([_logits(model, first), _logits(model, second)], dim=1)
-        return _compare(model, alone, _logits(model, packed, position_ids=positions))
+    alone = torch.cat([_logits(model, first), _logits(model, second)], dim=1)
+    return _compare(model, alone, _logits(model, packed, position_ids=positions))
 
 
 def _padding_changes_nothing(model: PreTrainedModel) -> tuple[bool, str]:

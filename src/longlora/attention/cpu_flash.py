@@ -151,8 +151,7 @@ def _calls(cut: list[Run]) -> list[tuple[Run, int]]:
     """
     calls = [(run, run.size) for run in cut]
     for place, other in enumerate(cut[1:], 1):
-        room = other.stop - cut[0].size >= other.sinks  # tokens after the first segment, to make it as long
-        if cut[0].count == 1 and other.size == cut[0].size and not other.history and room:
+        if cut[0].count == 1 and other.size == cut[0].size and not other.history:
             spread = other.count == 1 or other.start == cut[0].stop
             if spread:
                 joined = Run(0, other.size, other.count + 1, other.sinks)

@@ -33,9 +33,12 @@ def _dispatches(kind: type[nn.Module]) -> bool:
 def has_window(model: PreTrainedModel, module: nn.Module) -> bool:
     """Whether a layer has a sliding or chunked window of its own, as its config says."""
     config: Any = model.config.get_text_config(decoder=True)
+    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    if window is not None and longest is not None and window >= longest:  # hides nothing (Phi 3.5)
+        return False
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
-        return getattr(config, "sliding_window", None) is not None
+        return window is not None
     layer = getattr(module, "layer_idx", None)
     return layer is not None and layer_types[layer] in ("sliding_attention", "chunked_attention", "hybrid_sliding")
 

@@ -8,6 +8,7 @@ B batch, T tokens.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import Plans
 from longlora.errors import ModelError
+
+GENERATING: ContextVar[bool] = ContextVar("longlora_generating", default=False)
+"""Whether the forward pass that now makes its masks is generation by a model in training mode."""
 
 # Steps from a query to the keys that are asked about in `LazyMask._require_known`; odd numbers of no particular kind.
 _PROBES = (-1, 2, 7, 61, 509, 4093, 32749)
@@ -30,6 +34,8 @@ class LazyMask:
         self._full: dict[str, Any] = {}
         self.plans = Plans()
         self._restarts_BT: Tensor | None = None
+        # Kept, because a layer may be computed again in the backward pass, after another forward pass.
+        self.generating = GENERATING.get()
 
     def learn_positions(self, positions: Tensor | None) -> None:
         """Positions that reached a layer: where they restart, a document begins.

@@ -1,7 +1,8 @@
-"""A picture of what attention does in a model: the weights of one head of each kind, read off the real thing.
+"""A picture of what attention sees in a model: one head of each kind, read off the real thing.
 
-The values of each layer are replaced by an identity matrix on the way into the attention function, so that its output
-is the attention weights themselves, whatever computes them. T tokens, H query heads, K key/value heads.
+On the way into the attention function the values of each layer are replaced by an identity matrix, so that its output
+is the attention weights themselves, whatever computes them, and the queries by zeros, so that all that is seen has the
+same weight. T tokens, H query heads, K key/value heads.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class HeadWeights:
 
 
 def head_weights(model: PreTrainedModel, **settings: Any) -> list[HeadWeights]:
-    """One head of each kind that the model has, on two packed documents of 53 and 22 random tokens.
+    """One head of each kind that the model has, on two packed documents of 53 and 22 tokens.
 
     Args:
         settings: of `use_s2`; groups of 16 and 2 sink tokens unless given.
     """
     base_settings = {"group_size": _GROUP, "sink_tokens": _SINKS, **settings}
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, sum(_DOCUMENTS)), device=model.device)
+    ids = torch.arange(sum(_DOCUMENTS), device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     positions = torch.cat([torch.arange(length) for length in _DOCUMENTS])[None].to(model.device)
     model.eval()
     use_s2(model, sparse_in_evaluation=True, **base_settings)
@@ -86,7 +87,8 @@ def _recorded() -> Iterator[dict[nn.Module, Tensor]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         identity = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
-        output, _ = s2_attention_forward(module, query, key, identity, mask, **options)
+        # All scores 0, so that no weight is too small to be seen.
+        output, _ = s2_attention_forward(module, torch.zeros_like(query), key, identity, mask, **options)
         weights[module] = output[0].transpose(0, 1).float().cpu()
         return s2_attention_forward(module, query, key, value, mask, **options)
 

@@ -6,9 +6,10 @@ AttentionMaskInterface (the mask function, `lazy_mask.py`, which builds no mask 
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +20,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import Backend, attend, choose_backend
 from longlora.attention.layers import Shift, attention_modules, describe_layers, has_window, layer_patterns
-from longlora.attention.lazy_mask import LazyMask, lazy_mask
+from longlora.attention.lazy_mask import GENERATING, LazyMask, lazy_mask
 from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
 from longlora.attention.rolled import rolled_attention
-from longlora.errors import ModelError
+from longlora.errors import ModelError, UnsupportedModelError
 
 S2_ATTENTION = "s2_attn"
 _SETTINGS = "longlora_s2"
-_generating: ContextVar[bool] = ContextVar("longlora_generating", default=False)
 _CACHE_HOOK = "longlora_cache_hook"
 # Layers of other kinds see chosen or compressed keys, and are refused.
 _LAYER_TYPES = {
@@ -157,7 +157,8 @@ def s2_attention_forward(
         ModelError: the module was not prepared by `use_s2`, or asks for something S2-Attn does not compute.
     """
     settings = settings_of(module)
-    in_training = module.training and not _generating.get()
+    generating = isinstance(attention_mask, LazyMask) and attention_mask.generating
+    in_training = module.training and not generating
     if not in_training and not (settings.sparse_in_evaluation and query.shape[2] == key.shape[2]):
         own = {name: value for name, value in (("softcap", softcap), ("s_aux", s_aux)) if value is not None}
         return _full_attention_forward(
@@ -171,6 +172,8 @@ def s2_attention_forward(
     _require_computable(module, kwargs)
     attention_mask.learn_positions(kwargs.get("position_ids"))
     window = attention_mask.window
+    if window is not None and window >= getattr(module.config, "max_position_embeddings", window + 1):
+        window = None  # hides nothing: see `has_window`
     pattern: Pattern = settings.pattern if window is None else WindowPattern(window)
     if settings.wraparound and window is None:
         _require_plain(attention_mask.bounds_B, query.shape[2], softcap, s_aux)
@@ -193,13 +196,22 @@ def _full_attention_forward(
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[implementation]
-    # Flash functions look there for the kernel they shall load.
-    config: Any = module.config
-    registered, config._attn_implementation = config._attn_implementation, implementation
-    try:
-        return function(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
-    finally:
-        config._attn_implementation = registered
+    return function(_Named(module, implementation), query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+
+
+class _Named:
+    """A module whose config names its full attention: flash functions look there for the kernel they shall load.
+
+    The config itself is shared by all layers, and by all threads of a server, so it is never changed for a call.
+    """
+
+    def __init__(self, module: nn.Module, implementation: str) -> None:
+        self._module = module
+        self.config = copy.copy(module.config)
+        vars(self.config)["_attn_implementation_internal"] = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _require_computable(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -228,8 +240,9 @@ def _no_cache_in_training(
     A cache without gradients is generation, by somebody who did not call ``model.eval()``: full attention as ever.
     """
     cached = kwargs.get("past_key_values") is not None
-    _generating.set(decoder.training and cached and not torch.is_grad_enabled())
-    if decoder.training and not _generating.get():
+    generating = decoder.training and cached and not torch.is_grad_enabled()
+    GENERATING.set(generating)  # for the masks of this forward pass, which keep it
+    if decoder.training and not generating:
         if cached:
             raise ModelError("past_key_values in training: S2-Attn takes no KV cache there, or call model.eval()")
         kwargs["use_cache"] = False
@@ -240,23 +253,23 @@ def _require_supported(model: PreTrainedModel, modules: list[nn.Module]) -> None
     config = model.config.get_text_config(decoder=True)
     kind = f"model type {config.model_type!r}"
     if not modules or not model._can_set_attn_implementation():
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{kind} does not dispatch through transformers' AttentionInterface, so S2-Attn cannot be used; "
             "choose an architecture that does, or train with attention.pattern=full"
         )
     if model.config.is_encoder_decoder:
-        raise ModelError(f"{kind} is an encoder and a decoder, and S2-Attn is for decoders alone")
+        raise UnsupportedModelError(f"{kind} is an encoder and a decoder, and S2-Attn is for decoders alone")
     if getattr(config, "keep_window_size", None) is not None:  # Doge
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{kind} computes a mask from its values, which S2-Attn does not know; train it with attention.pattern=full"
         )
     if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES):
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{kind} has layers of kind {', '.join(unknown)}, which S2-Attn does not compute; "
             "train it with attention.pattern=full"
         )
     if all(has_window(model, module) for module in modules):
-        raise ModelError(
+        raise UnsupportedModelError(
             f"all layers of {kind} have a window ({getattr(config, 'sliding_window', None)} tokens) and keep it, so "
             "S2-Attn would change nothing; train it with attention.pattern=full"
         )
@@ -274,8 +287,15 @@ def settings_of(module: nn.Module) -> S2Settings:
     if settings is not None:
         return settings
     if not module.training:  # a fresh model of a config that says s2_attn, as trainers make for reference
-        return S2Settings(FULL, "sdpa", "auto", sparse_in_evaluation=False, wraparound=False)
+        own = "sdpa" if _supports_sdpa(type(module)) else "eager"
+        return S2Settings(FULL, own, "auto", sparse_in_evaluation=False, wraparound=False)
     raise ModelError(f"{type(module).__name__} has no S2-Attn settings: call longlora.use_s2(model) first")
+
+
+def _supports_sdpa(kind: type[nn.Module]) -> bool:
+    """Whether the models of an attention class's own file can use scaled_dot_product_attention."""
+    models = [value for value in vars(sys.modules[kind.__module__]).values() if inspect.isclass(value)]
+    return all(getattr(model, "_supports_sdpa", True) for model in models if issubclass(model, PreTrainedModel))
 
 
 def describe_attention(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ import warnings
 
 import typer
 
-from longlora.cli import check, measure, prepare, quickstart, train
+from longlora.cli import check, measure, plan, prepare, quickstart, train
 from longlora.errors import LongLoraError
 from longlora.memory.allocator import keep_freed_memory
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _module in (quickstart, prepare, train, measure, check):
+for _module in (quickstart, plan, prepare, train, measure, check):
     _module.add_to(app)
 
 

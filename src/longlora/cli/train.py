@@ -6,7 +6,7 @@ import typer
 
 from longlora.artifacts import RunFolder
 from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
-from longlora.config import load_recipe
+from longlora.config import CHANGEABLE_ON_RESUME, load_recipe
 from longlora.errors import RunFolderError
 
 
@@ -33,12 +33,13 @@ def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     saved = read_recipe(RunFolder(resolved.run_path).root, None)
     for section in ("model", "context", "attention", "adapter", "data", "train"):
         now, then = getattr(resolved, section), getattr(saved, section)
-        if section == "train":  # a run may be made longer, nothing else
-            now = now.model_copy(update={"steps": then.steps})
+        if section == "train":
+            now = now.model_copy(update={key: getattr(then, key) for key in CHANGEABLE_ON_RESUME})
         if now != then:
             raise RunFolderError(
                 f"{section} differs from the recipe the run in {resolved.run_dir} began with: "
-                "resume with its own recipe.yaml (only train.steps may change), or train in another run_dir"
+                f"resume with its own recipe.yaml (of train only {', '.join(CHANGEABLE_ON_RESUME)} may change), "
+                "or train in another run_dir"
             )
     from longlora.training.trainer import train as run_training
 

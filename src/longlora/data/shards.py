@@ -55,6 +55,12 @@ class TokenShard:
             raise IndexError(f"document {index} of a shard with {len(self)} documents")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def occurring_tokens(self) -> NDArray[np.int64]:
+        """Each token id that occurs, once, in ascending order."""
+        parts = range(0, len(self.tokens), _BATCH_CHARACTERS)
+        found = [np.unique(self.tokens[start : start + _BATCH_CHARACTERS]) for start in parts]
+        return np.unique(np.concatenate(found)).astype(np.int64)
+
 
 def write_shard(
     folder: Path,

@@ -6,6 +6,7 @@ In: a model and `AdapterConfig`. Out: a PEFT model whose adapter file holds ever
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,10 +17,17 @@ from longlora.config import AdapterConfig
 from longlora.errors import ModelError
 
 
-def add_adapter(model: PreTrainedModel, settings: AdapterConfig) -> PeftModel:
+def add_adapter(
+    model: PreTrainedModel, settings: AdapterConfig, embedding_rows: Sequence[int] | None = None
+) -> PeftModel:
     """Freeze `model` and add what is trained, in float32: LoRA, and the chosen embeddings and norms.
 
     Tied embeddings stay tied. An untied output head stays frozen, as in the paper.
+
+    Args:
+        model: the base model.
+        settings: what is trained.
+        embedding_rows: token ids whose embeddings are trained; None means all of them.
 
     Raises:
         ModelError: no linear layer matches `settings.target_modules`.
@@ -28,8 +36,9 @@ def add_adapter(model: PreTrainedModel, settings: AdapterConfig) -> PeftModel:
     if settings.train_norms:
         modules_to_save += norm_names(model)
     tied = _is_tied(model)
-    if settings.train_embeddings:
-        modules_to_save.append(_name_of(model, model.get_input_embeddings()))
+    embeddings = _name_of(model, model.get_input_embeddings())
+    if settings.train_embeddings and embedding_rows is None:
+        modules_to_save.append(embeddings)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -38,7 +47,10 @@ def add_adapter(model: PreTrainedModel, settings: AdapterConfig) -> PeftModel:
         bias="none",
         target_modules=target_modules(model, settings.target_modules),
         modules_to_save=modules_to_save or None,
-        ensure_weight_tying=tied and settings.train_embeddings,
+        trainable_token_indices=(
+            {embeddings: list(embedding_rows)} if settings.train_embeddings and embedding_rows is not None else None
+        ),
+        ensure_weight_tying=tied and embeddings in modules_to_save,
     )
     wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
     for parameter in wrapped.parameters():

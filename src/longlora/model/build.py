@@ -5,6 +5,7 @@ In: the model and context sections of a recipe. Out: a transformers model in eva
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,14 +51,52 @@ def load_model(
     Raises:
         ModelError: the weights are missing or unreadable, or RoPE is not what the config says.
     """
-    config = config or load_config(model)
+    return _built(model, config or load_config(model), dtype or getattr(torch, model.dtype))
+
+
+def load_for_training(
+    model: ModelConfig, config: PreTrainedConfig, device: torch.device
+) -> tuple[PreTrainedModel, str]:
+    """The model on `device`, its linear weights quantized as `model` says, and the fingerprint of the weights as read.
+
+    The merge reads the unquantized weights, so the fingerprint is theirs. For it they are in main memory once, before
+    the quantized ones are built.
+
+    Raises:
+        ModelError: as `load_model`, or bitsandbytes cannot quantize the model.
+    """
+    base = load_model(model, config)
+    fingerprint = weights_fingerprint(base)
+    if model.quantization == "none":
+        return base.to(device), fingerprint
+    del base
+    gc.collect()
+    dtype = getattr(torch, model.dtype)
+    # Only this: peft's prepare_model_for_kbit_training would turn embeddings and norms into float32.
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    quantized = _built(model, config, dtype, quantization_config=settings, device_map={"": device})
+    for module in quantized.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes packs weights in its first evaluation pass for a kernel that has no
+        # gradient, and keeps them so: training would then go on without gradients, silently.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return quantized, fingerprint
+
+
+def _built(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     try:
         built = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,
             revision=model.revision or "main",
             config=config,
-            dtype=dtype or getattr(torch, model.dtype),
+            dtype=dtype,
             trust_remote_code=False,
+            **options,
         )
     except Exception as error:
         remedy = _remedy(model.name_or_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from peft import PeftModel
@@ -10,11 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from longlora.attention.registry import describe_attention, use_s2
 from longlora.config import Recipe
-from longlora.errors import ModelError
+from longlora.errors import UnsupportedModelError
 
 
 class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
-    """Sparse attention up to the final phase, full attention in it; both isolate packed documents in O(T) memory.
+    """Sparse attention up to the final phase, full attention in it.
+
+    Both isolate packed documents in O(T) memory. With ``pattern: full`` an architecture that S2-Attn does not support
+    is trained with its own attention.
 
     The phase is decided by the number of the step alone, so that a resumed run does what an uninterrupted one does.
     """
@@ -23,7 +27,7 @@ class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
         self._model = model
         self._settings = recipe.attention
         self._group_size = recipe.attention.resolve_group_size(recipe.context.context_length)
-        final = round(recipe.train.steps * recipe.attention.full_attention_final_fraction)
+        final = math.ceil(recipe.train.steps * recipe.attention.full_attention_final_fraction)
         self._first_full_step = 0 if recipe.attention.pattern == "full" else recipe.train.steps - final
         self._console = console
         self._full: bool | None = None
@@ -49,7 +53,7 @@ class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
                 full_attention_layers="all" if full else settings.full_attention_layers,
                 backend=settings.backend,
             )
-        except ModelError:
+        except UnsupportedModelError:
             # Full attention needs nothing of ours; what the model has is then said in the line below.
             if settings.pattern != "full":
                 raise

@@ -21,22 +21,18 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from longlora.artifacts import RunFolder, new_folder, write_atomic, write_manifest
+from longlora.attention.check import keeps_documents_apart
 from longlora.attention.registry import use_full
 from longlora.config import Recipe, dump_recipe
 from longlora.data.packing import PackedDataset, collate
-from longlora.data.shards import open_shard
+from longlora.data.shards import TokenShard, open_shard
 from longlora.errors import ModelError, RunFolderError
 from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss
+from longlora.memory.out_of_memory import explain_out_of_memory, is_out_of_memory
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
-from longlora.model.build import (
-    device_for_run,
-    load_config,
-    load_model,
-    load_tokenizer,
-    tokenizer_hash,
-    weights_fingerprint,
-)
+from longlora.model.build import device_for_run, load_config, load_for_training, load_tokenizer, tokenizer_hash
 from longlora.model.head import hidden_states, output_head
+from longlora.model.levers import OPTIMIZERS, apply_memory_levers, check_levers
 from longlora.model.rope import rescale_for
 from longlora.model.sidecar import Sidecar, write_sidecar
 from longlora.training.attention_schedule import AttentionSchedule
@@ -56,15 +52,23 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     checkpoint = _resume_from(run, console) if resume else None
     if not resume:
         run.require_unused()
+    device = device_for_run()
+    check_levers(recipe, device)
     set_seed(recipe.train.seed)
     config, change = rescale_for(recipe, load_config(recipe.model))
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256)
     dataset = PackedDataset(shard, recipe.context.context_length, min_length=change.original_context_length)
-    base = load_model(recipe.model, config).to(device_for_run())
-    sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, weights_fingerprint(base))
-    model = _trainable(base, recipe)
+    base, fingerprint = load_for_training(recipe.model, config, device)
+    if not keeps_documents_apart(base):
+        console.print(
+            f"WARNING: packed documents reach each other in model type {config.model_type}, whatever the attention "
+            "(docs/architectures.md): use documents as long as context.context_length",
+            highlight=False,
+        )
+    sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, fingerprint)
+    model = _trainable(base, recipe, shard)
     _announce(model, dataset, console)
 
     metrics = MetricsCallback(run.metrics, console)
@@ -84,6 +88,10 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     else:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(explain_out_of_memory(error, model, recipe, trainer.state.global_step + 1)) from error
         finally:
             metrics.close()
     use_full(model)
@@ -94,13 +102,12 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     return run.adapter
 
 
-def _trainable(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """The base model with its adapter and the activation checkpointing of the recipe."""
-    model = add_adapter(base, recipe.adapter)
+def _trainable(base: PreTrainedModel, recipe: Recipe, shard: TokenShard) -> PeftModel:
+    """The base model with its adapter and the memory levers of the recipe."""
+    rows = shard.occurring_tokens().tolist() if recipe.adapter.embedding_rows == "occurring" else None
+    model = add_adapter(base, recipe.adapter, rows)
     cast_to_compute_dtype(model, getattr(torch, recipe.model.dtype))
-    if recipe.train.activation_checkpointing:
-        # The name that transformers 5.17 knows as well.
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    apply_memory_levers(model, recipe)
     return model
 
 
@@ -135,7 +142,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         saved = set(file.keys())
     # PEFT leaves the names of its wrappers and of the adapter out of the file.
     wanted = {
-        name.replace(".modules_to_save.default.", ".").replace(".default.", ".") for name in trainable_names(model)
+        name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
+        for name in trainable_names(model)
     }
     if missing := sorted(wanted - saved):
         raise ModelError(
@@ -181,6 +189,8 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
                 complete_checkpoint(folder, keep=self.checkpoints_kept)
         except (OSError, RuntimeError, SafetensorError) as error:  # each library's own way to say that a disk is full
             shutil.rmtree(folder, ignore_errors=True)
+            if is_out_of_memory(error):
+                raise
             free = shutil.disk_usage(self.args.output_dir).free
             raise RunFolderError(
                 f"{folder.name} cannot be written to {self.args.output_dir} ({free / 2**30:.2f} GiB free): {error}; "
@@ -231,6 +241,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
         max_steps=train.steps,
         per_device_train_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=train.grad_accum_steps,
+        optim=OPTIMIZERS[train.optimizer],
         learning_rate=train.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=train.warmup_steps,

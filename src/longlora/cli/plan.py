@@ -1,0 +1,146 @@
+"""``longlora plan``: what a run takes, before it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
+from longlora.errors import PlanError
+
+if TYPE_CHECKING:
+    from longlora.planning.plan import Plan
+
+Lines = list[tuple[str, str]]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command()(plan)
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpu: Annotated[str | None, typer.Option(help="Plan for this GPU, for example a100-80g.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them, each with sequences of its own.")] = 1,
+    memory: Annotated[float | None, typer.Option(help="GB of memory of one device, instead of what it has.")] = None,
+    price: Annotated[float | None, typer.Option(help="Price of one device for an hour, in any currency.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Look for the longest context that fits.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what a run takes: parameters, FLOPs, memory by part, time, cost, disk. Needs the model's config alone."""
+    resolved = read_recipe(recipe, overrides)
+    if gpu is None and gpus != 1:
+        raise PlanError(f"--gpus {gpus} needs --gpu, for example --gpu a100-80g")
+    from longlora.model.build import load_config
+    from longlora.planning import machines
+    from longlora.planning.calibrate import calibrate
+    from longlora.planning.plan import plan_run, require_fits
+
+    config = load_config(resolved.model)
+    machine = machines.gpu(gpu, gpus) if gpu else machines.this_machine()
+    if memory is not None:
+        machine = machines.with_memory(machine, memory)
+    if gpu is None:
+        Console(stderr=True).print("measuring this machine on a few layers of the model ...", highlight=False)
+        machine = calibrate(config, resolved, machine)
+    made = plan_run(resolved, config, machine, price_per_hour=price, fit=fit)
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        _print(made, console())
+    if not fit:
+        require_fits(made)
+
+
+def _print(made: Plan, out: Console) -> None:
+    for title, lines in (
+        ("run", _run(made)),
+        ("FLOPs of a step", _flops(made)),
+        ("peak memory of one device", _memory(made)),
+        ("time", _time(made)),
+        ("disk", _disk(made)),
+    ):
+        table = Table(title, "", box=box.SIMPLE_HEAD, pad_edge=False, min_width=60)
+        table.columns[1].justify = "left" if title == "run" else "right"
+        for name, value in lines:
+            table.add_row(escape(name), escape(value))
+        out.print(table)
+    if made.fit is not None:
+        out.print(_fit(made), highlight=False)
+
+
+def _run(made: Plan) -> Lines:
+    devices = f"{made.devices} x {made.machine}" if made.devices > 1 else made.machine
+    lines = [
+        ("model", made.model),
+        ("machine", devices),
+        ("context", f"{made.original_context_length:,} -> {made.context_length:,} tokens"),
+        ("RoPE before", _rope(made.rope_before)),
+        ("RoPE after", _rope(made.rope_after)),
+        ("parameters", f"{made.parameters:,}"),
+        ("trained", f"{made.trained:,} ({made.trained / made.parameters:.2%})"),
+        ("tokens in a step", f"{made.tokens_per_step:,}"),
+    ]
+    if made.documents is not None:
+        how = "counted in the prepared shard" if made.documents.counted else "estimated from file sizes"
+        reach = f"{made.documents.reaching:,} of {made.documents.documents:,} reach the context ({how})"
+        lines.append(("training documents", reach))
+    return lines
+
+
+def _flops(made: Plan) -> Lines:
+    parts = made.step.by_part
+    names = ("attention_scores", "attention_projections", "mlp", "lora", "output_head")
+    lines = [(name.replace("_", " "), f"{getattr(parts, name) / 1e12:,.2f} T") for name in names]
+    lines.append(("of them computed again for gradients", f"{made.step.recomputed.total / 1e12:,.2f} T"))
+    lines.append(("total", f"{parts.total / 1e12:,.2f} T"))
+    return lines
+
+
+def _memory(made: Plan) -> Lines:
+    lines = [(name.replace("_", " "), f"{size / 1e9:,.2f} GB") for name, size in made.memory.parts.items() if size]
+    lines.append((f"peak, in {made.memory.moment}", f"{made.memory.peak / 1e9:,.2f} GB"))
+    lines.append(("the device has", f"{made.memory_available / 1e9:,.2f} GB"))
+    return lines
+
+
+def _time(made: Plan) -> Lines:
+    seconds = made.time
+    lines = [
+        ("layers", f"{seconds.layers:,.2f} s"),
+        ("attention scores", f"{seconds.attention_scores:,.2f} s"),
+        ("output head and loss", f"{seconds.head_and_loss:,.2f} s"),
+        ("optimizer", f"{seconds.optimizer:,.2f} s"),
+        ("a step", f"{seconds.total:,.2f} s"),
+        (f"{made.steps:,} steps", f"{made.hours:,.2f} h"),
+    ]
+    if made.cost is not None:
+        lines.append(("cost", f"{made.cost:,.2f}"))
+    lines.append(("rates", made.rates))
+    return lines
+
+
+def _disk(made: Plan) -> Lines:
+    parts = (("checkpoints", made.disk.checkpoints), ("adapter", made.disk.adapter), ("merged model", made.disk.merged))
+    return [(name, f"{size / 1e9:,.2f} GB") for name, size in parts]
+
+
+def _fit(made: Plan) -> str:
+    assert made.fit is not None
+    line = f"longest context that fits: {made.fit.as_it_is:,} tokens"
+    if made.fit.levers:
+        levers = " ".join(f"{key}={json.dumps(value)}" for key, value in made.fit.levers.items())
+        line += f"; {made.fit.with_levers:,} with {levers}"
+    return line
+
+
+def _rope(parameters: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in parameters.items() if value is not None)

@@ -1,0 +1,138 @@
+"""Machines that a run can be planned for: GPUs by name, and this one.
+
+Peaks are the makers' numbers for dense bf16 products with float32 sums. What of them training reaches is
+`_UTILISATION`: the LongLoRA paper's own hours for Llama-2-7B on A100 (table 12, LoRA and LongLoRA, 8k to 64k tokens)
+are explained within 7% by 46% of the peak in linear layers and 68% in attention scores (FlashAttention-2), where
+recomputation is counted and pairs that causality forbids are not. For other GPUs both are assumptions.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from longlora.errors import PlanError
+
+_UTILISATION = 0.46
+_SCORE_UTILISATION = 0.68
+_CUDA_CONTEXT = 600 * 2**20
+_GPU_ALLOCATOR = 0.05
+_CPU_PROCESS = 520 * 2**20
+# glibc with `keep_freed_memory`: 0.6 to 1.7 of the live tensors were measured, because small blocks pin the holes that
+# large ones leave. Without it (M_MMAP_THRESHOLD of 1 MB) next to nothing, and a third more CPU time.
+_CPU_ALLOCATOR = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one device does and holds. Rates are what a training step reaches, not peaks."""
+
+    name: str
+    memory_bytes: int
+    linear_flops: float
+    """FLOP/s in the layers without attention scores; the pointwise work beside the products is in it."""
+    score_flops: float
+    """FLOP/s of attention scores and weighted sums."""
+    head_flops: float
+    """FLOP/s of the output head with its loss."""
+    bandwidth: float
+    """Bytes/s of memory: what the optimizer is bound by."""
+    process_bytes: int
+    allocator_share: float
+    """What allocator and kernels take beside tensors, as a part of these."""
+    count: int = 1
+    """Devices that train together, each on sequences of its own."""
+    cuda: bool = True
+    """Whether what needs CUDA can be used."""
+    basis: str = ""
+    """Where the rates come from, in words."""
+
+
+# Peak bf16 FLOP/s, bytes/s, GB of memory.
+_GPUS = {
+    "a10g": (70e12, 600e9, 24),
+    "a100-40g": (312e12, 1555e9, 40),
+    "a100-80g": (312e12, 2039e9, 80),
+    "b200": (2250e12, 8000e9, 180),
+    "h100-80g": (989e12, 3350e9, 80),
+    "h200": (989e12, 4800e9, 141),
+    "l4": (121e12, 300e9, 24),
+    "l40s": (362e12, 864e9, 48),
+    "mi300x": (1307e12, 5300e9, 192),
+    "rtx3090": (71e12, 936e9, 24),
+    "rtx4090": (165e12, 1008e9, 24),
+    "rtx5090": (210e12, 1792e9, 32),
+}
+
+
+def gpu(name: str, count: int = 1) -> Machine:
+    """`count` GPUs of a kind.
+
+    Raises:
+        PlanError: the kind is unknown, or the count is not positive.
+    """
+    if count < 1:
+        raise PlanError(f"--gpus {count}: must be at least 1")
+    if name not in _GPUS:
+        raise PlanError(f"--gpu {name} is unknown: give one of {', '.join(_GPUS)}")
+    peak, bandwidth, memory = _GPUS[name]
+    return Machine(
+        name=name,
+        memory_bytes=int(memory * 1e9),
+        linear_flops=peak * _UTILISATION,
+        score_flops=peak * _SCORE_UTILISATION,
+        head_flops=peak * _UTILISATION,
+        bandwidth=bandwidth,
+        process_bytes=_CUDA_CONTEXT,
+        allocator_share=_GPU_ALLOCATOR,
+        count=count,
+        basis=f"{_UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s ({_SCORE_UTILISATION:.0%} in scores), as in table 12",
+    )
+
+
+def this_machine() -> Machine:
+    """The present CPU with its free memory; its rates are guesses until `calibrate` measured them."""
+    cores = torch.get_num_threads()
+    guess = 20e9 * cores
+    return Machine(
+        name=f"this CPU ({cores} threads)",
+        memory_bytes=available_memory(),
+        linear_flops=guess,
+        score_flops=guess,
+        head_flops=guess,
+        bandwidth=5e9,
+        process_bytes=_CPU_PROCESS,
+        allocator_share=_CPU_ALLOCATOR,
+        cuda=False,
+        basis="not measured",
+    )
+
+
+def with_memory(machine: Machine, gigabytes: float) -> Machine:
+    """The same machine with another amount of memory, in GB of 10^9 bytes."""
+    if gigabytes <= 0:
+        raise PlanError(f"--memory {gigabytes}: must be more than 0 GB")
+    return replace(machine, memory_bytes=int(gigabytes * 1e9))
+
+
+def available_memory() -> int:
+    """Bytes that a new process can have without swapping: free memory, or what a container's limit leaves."""
+    limits = [_meminfo()]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as handle:  # noqa: PTH123
+                limits.append(int(handle.read()))
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
+    return min(limits)
+
+
+def _meminfo() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as handle:  # noqa: PTH123
+            values = dict(line.split(":", 1) for line in handle)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

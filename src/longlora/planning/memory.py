@@ -1,0 +1,132 @@
+"""Peak memory of a training run by part, in bytes, on one device.
+
+Tensors come from the rehearsal of a step (`rehearsal.py`); weights, gradients and optimizer states are counted exactly
+from the model without weights; what a process and its allocator need beside tensors was measured
+(`benchmarks/bench_plan.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import get_args
+
+from transformers import PreTrainedConfig
+
+from longlora.config import Recipe
+from longlora.planning.machines import Machine
+from longlora.planning.outline import Outline
+from longlora.planning.rehearsal import Bytes, Phase, Rehearsal, rehearse
+
+_ADAM_STATES = 8  # two float32 numbers for each trained parameter
+_ADAM_8BIT_STATES = 2
+_NF4_BYTES = 0.5 + 0.016  # with the scales of blocks of 64, themselves in 8 bits (QLoRA, section 3)
+_HALF = 2
+_WHERE = {
+    "forward": "the forward pass of a layer",
+    "loss": "the loss of one chunk of tokens",
+    "backward": "a layer computed again for its gradients",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment at which most is in use; `peak` is their sum."""
+
+    process: int
+    """Interpreter and libraries; on a GPU the CUDA context."""
+    frozen_weights: int
+    frozen_copies: int
+    """Originals of embeddings and norms that PEFT keeps beside the trained ones."""
+    trained_weights: int
+    """Float32."""
+    optimizer: int
+    """Adam's two moments of each trained weight."""
+    gradients: int
+    saved_activations: int
+    """What the forward pass leaves for the backward pass: with checkpointing, the inputs of the layers."""
+    temporary: int
+    """What is made and dropped meanwhile; `moment` says where most."""
+    allocator: int
+    """Kernels' scratch memory, and what is free but cannot be used."""
+    moment: str
+    """When the peak is reached, in words."""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part, in the order of the class."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+
+    @property
+    def largest(self) -> str:
+        """The part that takes most, in words."""
+        return max(self.parts, key=self.parts.__getitem__).replace("_", " ")
+
+
+def peak_memory(
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    model: Outline,
+    machine: Machine,
+    rehearsal: Rehearsal | None = None,
+) -> Memory:
+    """Peak memory of a step of `recipe` on one device of `machine`.
+
+    Args:
+        rehearsal: of the same recipe at other contexts, where there is one already.
+
+    Raises:
+        ModelError: the model cannot be built or rehearsed without weights.
+    """
+    peaks = (rehearsal or rehearse(config, recipe)).at(recipe.context.context_length)
+    phases: tuple[Phase, ...] = get_args(Phase)
+    for each in phases:
+        _quantize(peaks[each], recipe, model)
+        _offload(peaks[each], recipe, config)
+    phase = max(phases, key=lambda each: sum(peaks[each].values()))
+    held = peaks[phase]
+    optimizer = optimizer_bytes(recipe, model)
+    # Data parallel training keeps the gradients a second time, in buckets.
+    gradients = held["gradients"] + (4 * model.trained if machine.count > 1 else 0)
+    tensors = sum(held.values()) - held["gradients"] + gradients + optimizer
+    return Memory(
+        process=machine.process_bytes,
+        frozen_weights=round(held["frozen"]),
+        frozen_copies=round(held["copied"]),
+        trained_weights=round(held["trained"]),
+        optimizer=optimizer,
+        gradients=round(gradients),
+        saved_activations=round(held["saved"]),
+        temporary=round(held["temporary"]),
+        allocator=round(machine.allocator_share * tensors),
+        moment=_WHERE[phase],
+    )
+
+
+def optimizer_bytes(recipe: Recipe, model: Outline) -> int:
+    """States of the optimizer; those of whole embeddings (and of norms, which are small) stay in 32 bits."""
+    small = model.lora if recipe.train.optimizer != "adamw" else 0
+    return (model.trained - small) * _ADAM_STATES + small * _ADAM_8BIT_STATES
+
+
+def _quantize(held: Bytes, recipe: Recipe, model: Outline) -> None:
+    """Frozen linear weights in 4 bits, and one of them expanded while it is used."""
+    if recipe.model.quantization == "none":
+        return
+    width = _HALF if recipe.model.dtype == "bfloat16" else 2 * _HALF
+    held["frozen"] -= model.quantizable * (width - _NF4_BYTES)
+    held["temporary"] += model.largest_matrix * width
+
+
+def _offload(held: Bytes, recipe: Recipe, config: PreTrainedConfig) -> None:
+    """The inputs of all layers but the one at work are in main memory."""
+    if not recipe.train.activation_offload:
+        return
+    text = config.get_text_config(decoder=True)
+    width = _HALF if recipe.model.dtype == "bfloat16" else 2 * _HALF
+    tokens = recipe.context.context_length * recipe.train.micro_batch_size
+    inputs = (text.num_hidden_layers // recipe.train.activation_checkpointing_every - 1) * text.hidden_size * tokens
+    held["saved"] = max(held["saved"] - inputs * width, 0.0)

@@ -1,0 +1,171 @@
+"""The model of a recipe without weights: built on torch's meta device, with the adapter that training would add.
+
+In: a transformers config. Out: a PEFT model of meta tensors, and its `Outline`, which counts what FLOPs depend on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from longlora.attention.layers import attention_modules, has_window, layer_patterns
+from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
+from longlora.config import AttentionConfig, Recipe
+from longlora.errors import ModelError
+from longlora.model.adapters import add_adapter
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer: query heads, width of a query and of a value head, and its pattern in training."""
+
+    heads: int
+    width: int
+    value_width: int
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Counts of parameters; a tied matrix counts once, except among the `..._used`, where each multiplication counts.
+
+    `..._used` are the elements of the matrices that one token is multiplied with, of experts only the chosen ones.
+    """
+
+    total: int
+    """Parameters of the base model."""
+    trained: int
+    """Parameters that get gradients: LoRA, and embeddings and norms in full."""
+    lora: int
+    """Those of them that LoRA adds."""
+    copied: int
+    """Frozen originals of embeddings and norms that PEFT keeps beside the trained ones."""
+    quantizable: int
+    """Frozen parameters in linear layers other than the head: what 4-bit storage would shrink."""
+    largest_matrix: int
+    projections_used: int
+    mlp_used: int
+    head_used: int
+    head_trained: bool
+    layers: tuple[AttentionLayer, ...]
+
+
+def meta_model(config: PreTrainedConfig, recipe: Recipe) -> PeftModel:
+    """The model that training would make of `recipe`, without weights.
+
+    Raises:
+        ModelError: transformers cannot build a causal language model of the config.
+    """
+    return add_adapter(meta_base(config, recipe.model.dtype), recipe.adapter)
+
+
+def meta_base(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    """The base model without weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+                copy.deepcopy(config), dtype=getattr(torch, dtype), trust_remote_code=False
+            )
+    except Exception as error:
+        raise ModelError(
+            f"model type {config.model_type!r} cannot be planned ({' '.join(str(error).split())}): "
+            "give a config of a causal language model known to transformers"
+        ) from error
+
+
+def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
+    """Count the model of `config` with the adapter and the attention of `recipe`."""
+    base = meta_base(config, recipe.model.dtype)
+    total = sum(parameter.numel() for parameter in base.parameters())
+    used = _used(base)
+    layers = attention_layers(base, recipe.attention, recipe.context.context_length)
+    head = base.get_output_embeddings()
+    head_used = head.weight.numel() if head is not None else 0
+    linear = [m.weight for m in base.modules() if _is_linear(m) and m is not head]
+    adapted = add_adapter(base, recipe.adapter)
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    lora = sum(p.numel() for n, p in trained.items() if "lora_" in n)
+    count = sum(p.numel() for p in trained.values())
+    return Outline(
+        total=total,
+        trained=count,
+        lora=lora,
+        copied=_copied(adapted),
+        quantizable=sum(weight.numel() for weight in {id(w): w for w in linear}.values()),
+        largest_matrix=max((weight.numel() for weight in linear), default=0),
+        projections_used=used["projections"],
+        mlp_used=used["mlp"],
+        head_used=head_used,
+        head_trained=head is not None and any(p is adapted.get_output_embeddings().weight for p in trained.values()),
+        layers=layers,
+    )
+
+
+def attention_layers(
+    base: PreTrainedModel, settings: AttentionConfig, context_length: int
+) -> tuple[AttentionLayer, ...]:
+    """The attention layers of `base`, each with its pattern in training."""
+    modules = attention_modules(base)
+    pattern = S2Pattern(settings.resolve_group_size(context_length), settings.sink_tokens)
+    full: Sequence[int] | Literal["all"] = "all" if settings.pattern == "full" else settings.full_attention_layers
+    patterns: list[S2Pattern] = layer_patterns(base, modules, pattern, settings.shift, full)
+    config: Any = base.config.get_text_config(decoder=True)
+    layers = []
+    for module, sparse in zip(modules, patterns, strict=True):
+        own: Any = module
+        heads = int(getattr(own, "num_heads", 0) or config.num_attention_heads)
+        plain = getattr(own, "head_dim", None) or config.hidden_size // heads
+        width = int(getattr(own, "qk_head_dim", None) or plain)
+        value_width = int(getattr(own, "v_head_dim", None) or plain)
+        layers.append(AttentionLayer(heads, width, value_width, _own_pattern(base, module, sparse, config)))
+    return tuple(layers)
+
+
+def _own_pattern(base: PreTrainedModel, module: nn.Module, sparse: S2Pattern, config: Any) -> Pattern:
+    if not has_window(base, module):
+        return sparse
+    size = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    return WindowPattern(int(size)) if size else FULL
+
+
+def _used(base: PreTrainedModel) -> dict[str, int]:
+    """Elements of the matrices that a token meets in attention modules and elsewhere, without the output head."""
+    attention = tuple(f"{n}." for n, m in base.named_modules() if type(m).__name__.endswith("Attention"))
+    config: Any = base.config.get_text_config(decoder=True)
+    chosen = int(getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1)
+    used = {"projections": 0, "mlp": 0}
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        if module is head:
+            continue
+        part = "projections" if f"{name}.".startswith(attention) else "mlp"
+        if _is_linear(module):
+            weight: Any = module.weight
+            experts = int(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1)
+            one_of_many = ".experts." in f"{name}."
+            used[part] += weight.numel() * chosen // experts if one_of_many else weight.numel()
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 2 and not _is_linear(module) and not isinstance(module, nn.Embedding):  # routers
+                used[part] += parameter.numel()
+            if parameter.ndim == 3 and "expert" in type(module).__name__.lower():  # experts stacked in one tensor
+                used[part] += parameter.numel() * chosen // parameter.shape[0]
+    return used
+
+
+def _copied(model: nn.Module) -> int:
+    """Elements of the originals that PEFT's wrappers keep beside what is trained."""
+    originals = {
+        id(p): p.numel() for n, p in model.named_parameters(remove_duplicate=False) if ".original_module." in n
+    }
+    return sum(originals.values())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

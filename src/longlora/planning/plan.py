@@ -1,0 +1,225 @@
+"""Everything that can be said of a run before it: `plan_run`; and the longest context that fits: `longest_context`.
+
+In: a recipe, a transformers config, a `Machine`. Out: a frozen `Plan`, which goes to JSON and back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from longlora.config import Recipe, build_recipe
+from longlora.data.reach import DocumentReach, documents_reaching
+from longlora.errors import PlanError
+from longlora.model.rope import rescale_for
+from longlora.planning.flops import Flops, StepFlops, forward_flops, step_flops
+from longlora.planning.longest import Fit, longest_context
+from longlora.planning.machines import Machine
+from longlora.planning.memory import Memory, peak_memory
+from longlora.planning.outline import Outline, outline
+
+# Bytes that clipping and AdamW read and write for each trained parameter.
+_OPTIMIZER_TRAFFIC = 40
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by part."""
+
+    layers: float
+    attention_scores: float
+    head_and_loss: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that the run folder will hold."""
+
+    checkpoints: int
+    """Trained weights and optimizer states, for as many checkpoints as are kept and the one being written."""
+    adapter: int
+    merged: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. FLOPs and times are those of one device; bytes as well."""
+
+    model: str
+    machine: str
+    devices: int
+    rates: str
+    """Where the times come from."""
+    original_context_length: int
+    context_length: int
+    rope_before: dict[str, Any]
+    rope_after: dict[str, Any]
+    parameters: int
+    trained: int
+    steps: int
+    tokens_per_step: int
+    """On all devices."""
+    forward: Flops
+    """One sequence."""
+    step: StepFlops
+    memory: Memory
+    memory_available: int
+    time: StepTime
+    hours: float
+    cost: float | None
+    """Hours times devices times the price of a device's hour."""
+    disk: Disk
+    documents: DocumentReach | None
+    fit: Fit | None
+    """The longest context that fits; there when it was asked for, and when this one does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.memory_available
+
+    def to_json(self) -> str:
+        """All fields, and the sums that a reader would have to make himself."""
+        sums = {
+            "memory_peak": self.memory.peak,
+            "step_seconds": self.time.total,
+            "step_flops": self.step.total,
+            "forward_flops": self.forward.total,
+            "fits": self.fits,
+        }
+        return json.dumps(asdict(self) | {"sums": sums}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote."""
+        values: dict[str, Any] = json.loads(text)
+        del values["sums"]
+        step = values["step"]
+        return cls(
+            **values
+            | {
+                "forward": Flops(**values["forward"]),
+                "step": StepFlops(**{name: Flops(**part) for name, part in step.items()}),
+                "memory": Memory(**values["memory"]),
+                "time": StepTime(**values["time"]),
+                "disk": Disk(**values["disk"]),
+                "documents": values["documents"] and DocumentReach(**values["documents"]),
+                "fit": values["fit"] and Fit(**values["fit"]),
+            }
+        )
+
+
+def plan_run(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    machine: Machine,
+    *,
+    price_per_hour: float | None = None,
+    fit: bool = False,
+) -> Plan:
+    """Plan `recipe` on `machine` from the model's `config` alone; no weights are read.
+
+    Args:
+        price_per_hour: of one device, in any currency.
+        fit: look for the longest context that fits, also when this one does.
+
+    Raises:
+        ModelError: the model cannot be built from its config, or the context is not longer than its own.
+    """
+    _, change = rescale_for(recipe, config)
+    model = outline(config, recipe)
+    context, train = recipe.context.context_length, recipe.train
+    sequences = train.micro_batch_size * train.grad_accum_steps
+    flops = step_flops(model, train, context)
+    memory = peak_memory(config, recipe, model, machine)
+    hours = _hours(recipe, config, model, machine)
+    wanted = fit or memory.peak > machine.memory_bytes
+    return Plan(
+        model=recipe.model.name_or_path,
+        machine=machine.name,
+        devices=machine.count,
+        rates=machine.basis,
+        original_context_length=change.original_context_length,
+        context_length=context,
+        rope_before=change.before,
+        rope_after=change.after,
+        parameters=model.total,
+        trained=model.trained,
+        steps=train.steps,
+        tokens_per_step=context * sequences * machine.count,
+        forward=forward_flops(model, context),
+        step=flops,
+        memory=memory,
+        memory_available=machine.memory_bytes,
+        time=step_time(flops, model, machine),
+        hours=hours,
+        cost=None if price_per_hour is None else hours * machine.count * price_per_hour,
+        disk=_disk(recipe, model),
+        documents=documents_reaching(recipe),
+        fit=longest_context(recipe, config, machine) if wanted else None,
+    )
+
+
+def step_time(flops: StepFlops, model: Outline, machine: Machine) -> StepTime:
+    """Seconds of a step at the rates of `machine`."""
+    parts = flops.by_part
+    return StepTime(
+        layers=(parts.attention_projections + parts.mlp + parts.lora) / machine.linear_flops,
+        attention_scores=parts.attention_scores / machine.score_flops,
+        head_and_loss=parts.output_head / machine.head_flops,
+        optimizer=_OPTIMIZER_TRAFFIC * model.trained / machine.bandwidth,
+    )
+
+
+def require_fits(plan: Plan) -> None:
+    """Raise `PlanError`, with the longest context that fits and the levers it takes, unless the plan fits."""
+    if plan.fits:
+        return
+    needs, has = (f"{value / 1e9:.1f} GB" for value in (plan.memory.peak, plan.memory_available))
+    problem = (
+        f"context.context_length={plan.context_length} needs {needs} and {plan.machine} has {has} "
+        f"(most: {plan.memory.largest}, {plan.memory.parts[plan.memory.largest.replace(' ', '_')] / 1e9:.1f} GB)"
+    )
+    raise PlanError(f"{problem}: {_remedy(plan)}")
+
+
+def _remedy(plan: Plan) -> str:
+    fit = plan.fit
+    if fit is None or not fit.with_levers:
+        return "not even the shortest context fits: take a machine with more memory or a smaller model"
+    levers = " ".join(f"{key}={json.dumps(value)}" for key, value in fit.levers.items())
+    if fit.with_levers >= plan.context_length:
+        return f"set {levers}, with which {fit.with_levers} tokens fit (as it is: {fit.as_it_is})"
+    if not levers:
+        return f"at most {fit.as_it_is} tokens fit, with every lever already set: take more memory"
+    return f"at most {fit.as_it_is} tokens fit as it is, {fit.with_levers} with {levers}"
+
+
+def _hours(recipe: Recipe, config: PreTrainedConfig, model: Outline, machine: Machine) -> float:
+    """Hours of all steps, the last part of them with full attention where the recipe says so."""
+    train = recipe.train
+
+    def seconds(each: Outline) -> float:
+        return step_time(step_flops(each, train, recipe.context.context_length), each, machine).total
+
+    full = recipe.attention.full_attention_final_fraction if recipe.attention.pattern == "s2" else 0.0
+    if not full:
+        return train.steps * seconds(model) / 3600
+    full_steps = round(train.steps * full)
+    dense = build_recipe(recipe.model_dump(), ["attention.pattern=full"])
+    sparse_seconds = (train.steps - full_steps) * seconds(model)
+    return (sparse_seconds + full_steps * seconds(outline(config, dense))) / 3600
+
+
+def _disk(recipe: Recipe, model: Outline) -> Disk:
+    train = recipe.train
+    written = min(train.save_total_limit + 1, max(1, train.steps // train.save_steps))
+    width = 2 if recipe.model.dtype == "bfloat16" else 4
+    return Disk(checkpoints=12 * model.trained * written, adapter=4 * model.trained, merged=width * model.total)

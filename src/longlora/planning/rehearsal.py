@@ -1,0 +1,322 @@
+"""A training step with tensors that have no storage: what would be alive at its peak, exactly and in a second.
+
+The real adapter, attention, checkpointing and loss run under torch's fake tensors, which know shapes, types and life
+times but hold nothing; every storage that comes and goes is counted. So the plan follows the code: a lever that makes a
+tensor smaller is seen without a formula for it. A few layers are rehearsed; layers are alike, so the rest is linear.
+
+Not seen are scratch memory inside kernels and what an allocator keeps beside what is asked for (`memory.py` adds that).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from longlora.attention.lazy_mask import LazyMask
+from longlora.attention.registry import s2_attention_forward, use_s2
+from longlora.config import Recipe
+from longlora.errors import ModelError
+from longlora.memory.chunked_loss import chunked_loss
+from longlora.model.adapters import cast_to_compute_dtype
+from longlora.model.head import OutputHead, hidden_states
+from longlora.model.levers import apply_memory_levers
+from longlora.planning.outline import meta_model
+
+Kind = Literal["frozen", "copied", "trained", "gradients", "saved", "temporary"]
+"""What a storage is for: `copied` are the originals of embeddings and norms that PEFT keeps beside the trained ones,
+`saved` is what the forward pass leaves for the backward pass."""
+Phase = Literal["forward", "loss", "backward"]
+Bytes = dict[Kind, float]
+Peaks = dict[Phase, Bytes]
+
+_KEY = "longlora_rehearsal"
+_SMALL = 4
+"""Models with no more layers are rehearsed whole."""
+_LONGEST_PERIOD = 8
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Bytes alive at the peak of each phase at two contexts; between and beyond them they lie on a line."""
+
+    contexts: tuple[int, int]
+    peaks: tuple[Peaks, Peaks]
+
+    def at(self, context_length: int) -> Peaks:
+        """The same at any context of at least the shorter one."""
+        (before, after), (shorter, longer) = self.contexts, self.peaks
+        return _on_line(shorter, longer, (context_length - before) / (after - before) if after > before else 0.0)
+
+
+def rehearse(config: PreTrainedConfig, recipe: Recipe) -> Rehearsal:
+    """One micro batch with the levers of `recipe`, at its context or, where that is long, at two shorter ones.
+
+    Raises:
+        ModelError: transformers cannot build the model, or it decides by the values of its tensors.
+    """
+    context, anchor = recipe.context.context_length, _anchor(recipe)
+    if context <= 2 * anchor:
+        peaks = _rehearse_layers(config, recipe)
+        return Rehearsal((context, context), (peaks, peaks))
+    return rehearse_line(config, recipe, anchor)
+
+
+def rehearse_line(config: PreTrainedConfig, recipe: Recipe, anchor: int | None = None) -> Rehearsal:
+    """One micro batch at `anchor` tokens (by default such that groups and chunks are full) and at twice as many."""
+    shorter = anchor or _anchor(recipe)
+    contexts = (shorter, 2 * shorter)
+    few, more = (_rehearse_layers(config, at_context(recipe, context)) for context in contexts)
+    return Rehearsal(contexts, (few, more))
+
+
+def at_context(recipe: Recipe, context_length: int) -> Recipe:
+    """`recipe` with another context, and nothing checked."""
+    context = recipe.context.model_copy(update={"context_length": context_length, "rope_factor": None})
+    return recipe.model_copy(update={"context": context})
+
+
+def _anchor(recipe: Recipe) -> int:
+    """Tokens from which on memory is a straight line: some whole groups, chunks and tiles."""
+    train = recipe.train
+    return 4 * max(recipe.attention.group_size or 0, train.loss_chunk_tokens, train.mlp_tile_tokens or 0, 512)
+
+
+def _rehearse_layers(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
+    count = int(config.get_text_config(decoder=True).num_hidden_layers)
+    period = _period(config, recipe)
+    if count <= max(_SMALL, 2 * period):
+        return _rehearse(config, recipe)
+    few, more = (_rehearse(with_layers(config, period * times), recipe) for times in (1, 2))
+    return _on_line(few, more, (count - period) / period)
+
+
+def _on_line(few: Peaks, more: Peaks, times: float) -> Peaks:
+    """`few`, and as many times the difference to `more` on top."""
+    return {
+        phase: {kind: few[phase][kind] + (more[phase][kind] - few[phase][kind]) * times for kind in get_args(Kind)}
+        for phase in get_args(Phase)
+    }
+
+
+def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """A copy of `config` with its first `count` layers."""
+    short = copy.deepcopy(config)
+    text: Any = short.get_text_config(decoder=True)
+    before = text.num_hidden_layers
+    text.num_hidden_layers = count
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, value[:count])
+    return short
+
+
+def _period(config: PreTrainedConfig, recipe: Recipe) -> int:
+    """The smallest number of leading layers, at least 2, in which each kind of layer occurs."""
+    text: Any = config.get_text_config(decoder=True)
+    kinds = [getattr(text, name, None) for name in ("layer_types", "mlp_layer_types")]
+    per_layer = list(zip(*(kind for kind in kinds if kind), strict=False)) or [()]
+    first = max(per_layer.index(kind) for kind in set(per_layer)) + 1
+    dense = int(getattr(text, "first_k_dense_replace", 0) or 0)
+    period = min(_LONGEST_PERIOD, max(2, first, dense + 1))
+    every = recipe.train.activation_checkpointing_every if recipe.train.activation_checkpointing else 1
+    return -(-period // every) * every
+
+
+def _rehearse(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
+    with _fake_model(config, recipe) as model, _Ledger() as ledger:
+        ledger.own(model, with_gradients=recipe.train.grad_accum_steps > 1)
+        ids_BT = torch.zeros(recipe.train.micro_batch_size, recipe.context.context_length, dtype=torch.long)
+        base = model.get_base_model()
+        mixed = recipe.model.dtype == "bfloat16"
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+                ledger.phase = "forward"
+                hidden_BTC = hidden_states(base, ids_BT)
+                ledger.keep()
+                ledger.phase = "loss"
+                loss = chunked_loss(
+                    hidden_BTC.flatten(0, 1), ids_BT.flatten(), OutputHead(base), recipe.train.loss_chunk_tokens
+                )
+            del hidden_BTC
+            ledger.phase = "backward"
+            loss.backward()
+        except (RuntimeError, NotImplementedError) as error:
+            raise ModelError(
+                f"model type {config.model_type!r} cannot be rehearsed without weights "
+                f"({str(error).strip().splitlines()[0][:120]}): its memory is not planned"
+            ) from error
+    return ledger.peaks
+
+
+@contextlib.contextmanager
+def _fake_model(config: PreTrainedConfig, recipe: Recipe) -> Iterator[PeftModel]:
+    """The model of the recipe in training mode, with fake tensors on the CPU, inside the mode that makes them."""
+    short = copy.deepcopy(config)
+    with contextlib.suppress(ValueError):  # the default gathers each expert's tokens, whose number is not known
+        short._experts_implementation = "grouped_mm"
+    try:
+        model = meta_model(short, recipe)
+    except ModelError:
+        model = meta_model(config, recipe)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        warnings.simplefilter("ignore")
+        _materialise(model)
+        cast_to_compute_dtype(model, getattr(torch, recipe.model.dtype))
+        _use_levers(model, recipe)
+        _use_attention(model, recipe)
+        yield model.train()
+
+
+def _materialise(model: nn.Module) -> None:
+    """Replace meta tensors by fake ones of the CPU; what is tied stays tied."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = (tensor, new)  # the old one too, so that its id is not given away
+        return made[id(tensor)][1]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def _use_levers(model: PeftModel, recipe: Recipe) -> None:
+    """The levers that change tensors of a step on any device, as `apply_memory_levers` pulls them.
+
+    Offloading is left to `memory.py`, and MLPs are tiled without trying them out, which fake tensors cannot do.
+    """
+    changes: dict[str, Any] = {"liger_kernels": False, "activation_offload": False}
+    here = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    apply_memory_levers(model, here, probe=False)
+
+
+def _use_attention(model: PeftModel, recipe: Recipe) -> None:
+    """The recipe's attention, with one document a row, because fake positions cannot be asked where one ends."""
+    settings = recipe.attention
+    layers = int(model.get_base_model().config.get_text_config(decoder=True).num_hidden_layers)
+    some = [layer for layer in settings.full_attention_layers if layer < layers]
+    full: Sequence[int] | Literal["all"] = "all" if settings.pattern == "full" else some
+    try:
+        use_s2(
+            model,
+            group_size=settings.resolve_group_size(recipe.context.context_length),
+            sink_tokens=settings.sink_tokens,
+            shift=settings.shift,
+            full_attention_layers=full,
+            backend="grouped",
+        )
+    except ModelError:
+        if settings.pattern != "full":
+            raise
+        return
+    AttentionInterface.register(_KEY, s2_attention_forward)
+    AttentionMaskInterface.register(_KEY, _whole_rows)
+    model.get_base_model().set_attn_implementation(_KEY)
+
+
+class _WholeRows(LazyMask):
+    """A mask that knows its bounds: each row is one document."""
+
+    bounds_B = property(  # type: ignore[assignment]
+        lambda self: [[0, self._arguments["q_length"]]] * self._arguments["batch_size"]
+    )
+
+    def learn_positions(self, positions: Tensor | None) -> None:
+        """Nothing: they are fake."""
+
+
+def _whole_rows(**arguments: Any) -> LazyMask:
+    return _WholeRows(arguments)
+
+
+class _Entry:
+    """One storage: its bytes and what it is for."""
+
+    __slots__ = ("kind", "size")
+
+    def __init__(self, size: int, kind: Kind) -> None:
+        self.size, self.kind = size, kind
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the storages that are alive, by kind, and remembers the largest sum in each phase."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase: Phase = "forward"
+        self.peaks: Peaks = {}
+        self._live: Bytes = dict.fromkeys(get_args(Kind), 0.0)
+        self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
+
+    def own(self, model: PeftModel, *, with_gradients: bool) -> None:
+        """Enter the weights, and the gradients that an earlier micro batch left behind."""
+        for name, parameter in model.named_parameters():
+            kind: Kind = "copied" if ".original_module." in name else "frozen"
+            self._enter(parameter, "trained" if parameter.requires_grad else kind)
+            if parameter.requires_grad:
+                if with_gradients:
+                    parameter.grad = torch.empty_like(parameter)
+                    self._enter(parameter.grad, "gradients")
+                parameter.register_post_accumulate_grad_hook(self._gradient)
+        for buffer in model.buffers():
+            self._enter(buffer, "frozen")
+
+    def keep(self) -> None:
+        """Everything temporary that is still alive was saved for the backward pass."""
+        for entry in self._entries.values():
+            self._move(entry, "temporary", "saved")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:  # most calls are this one
+            return made
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor, "temporary")
+        return made
+
+    def _gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if entry := self._entries.get(parameter.grad.untyped_storage()):
+            self._move(entry, entry.kind, "gradients")
+
+    def _move(self, entry: _Entry, source: Kind, target: Kind) -> None:
+        if entry.kind == source:
+            self._live[source] -= entry.size
+            self._live[target] += entry.size
+            entry.kind = target
+
+    def _enter(self, tensor: Tensor, kind: Kind) -> None:
+        storage = tensor.untyped_storage()
+        if entry := self._entries.get(storage):
+            if kind != "temporary":
+                self._move(entry, "temporary", kind)
+            return
+        entry = _Entry(storage.nbytes(), kind)
+        self._entries[storage] = entry
+        self._live[kind] += entry.size
+        weakref.finalize(storage, self._leave, entry)
+        if sum(self._live.values()) > sum(self.peaks.get(self.phase, {}).values()):
+            self.peaks[self.phase] = dict(self._live)
+
+    def _leave(self, entry: _Entry) -> None:
+        self._live[entry.kind] -= entry.size

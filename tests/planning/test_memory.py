@@ -1,0 +1,142 @@
+"""Memory: the rehearsal against real tensors, and every lever makes smaller what it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from planning_cases import llama_2_7b, recipe, small
+from transformers import AutoModelForCausalLM
+
+from longlora.config import Recipe
+from longlora.model.adapters import add_adapter
+from longlora.planning import rehearsal
+from longlora.planning.machines import Machine, gpu, this_machine
+from longlora.planning.memory import Memory, peak_memory
+from longlora.planning.outline import outline
+from longlora.planning.rehearsal import rehearse, with_layers
+
+
+def memory(settings: Recipe, config: Any = None, machine: Machine | None = None) -> Memory:
+    config = config or small(num_hidden_layers=3)
+    return peak_memory(config, settings, outline(config, settings), machine or this_machine())
+
+
+def test_parts_are_positive_and_sum_to_the_peak() -> None:
+    made = memory(recipe())
+    assert made.peak == sum(made.parts.values())
+    assert min(made.parts.values()) >= 0
+    assert made.parts[made.largest.replace(" ", "_")] == max(made.parts.values())
+
+
+def test_weights_are_those_of_a_real_model() -> None:
+    config, settings = small(num_hidden_layers=3, tie_word_embeddings=False), recipe()
+    made = memory(settings, config)
+    real = add_adapter(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), settings.adapter)
+    sizes = {True: 0, False: 0}
+    for name, parameter in real.named_parameters():
+        # What training frees (memory/embeddings.py).
+        if "embed_tokens.original_module" not in name:
+            sizes[parameter.requires_grad] += parameter.numel() * parameter.element_size()
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in real.buffers())
+    assert made.trained_weights == sizes[True]
+    assert made.frozen_weights + made.frozen_copies == sizes[False] + buffers
+    assert made.optimizer == 2 * sizes[True]
+
+
+def test_layers_beyond_the_rehearsed_ones_are_counted_exactly() -> None:
+    """Twelve layers from two and four, against twelve rehearsed."""
+    config, settings = small(num_hidden_layers=12), recipe(2048)
+    made = rehearse(config, settings).at(2048)
+    whole = rehearsal._rehearse(config, settings)
+    for phase, held in whole.items():
+        assert sum(made[phase].values()) == pytest.approx(sum(held.values()), rel=0.01), phase
+
+
+def test_a_long_context_is_on_the_line_through_two_shorter_ones() -> None:
+    config, settings = small(), recipe(65536)
+    made, whole = rehearse(config, settings).at(65536), rehearsal._rehearse(config, settings)
+    for phase, held in whole.items():
+        assert sum(made[phase].values()) == pytest.approx(sum(held.values()), rel=0.01), phase
+
+
+def test_memory_grows_with_the_context_and_the_model() -> None:
+    peaks = [memory(recipe(context)).peak for context in (4096, 8192, 16384)]
+    assert peaks == sorted(peaks)
+    # A straight line: what the attention path holds is O(T).
+    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.05)
+    deeper = [memory(recipe(), small(num_hidden_layers=count)).peak for count in (2, 4, 16)]
+    assert deeper == sorted(deeper)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"train.loss_chunk_tokens": 128}, "temporary"),
+        ({"train.activation_checkpointing": True}, "saved_activations"),
+        ({"train.activation_checkpointing_every": 1}, "saved_activations"),
+        ({"train.micro_batch_size": 1}, None),
+        ({"train.grad_accum_steps": 1}, "gradients"),
+        ({"adapter.train_embeddings": False}, "trained_weights"),
+        ({"model.dtype": "bfloat16"}, "frozen_weights"),
+        ({"model.quantization": "nf4"}, "frozen_weights"),
+        ({"train.optimizer": "adamw_8bit"}, "optimizer"),
+        ({"train.activation_offload": True}, "saved_activations"),
+    ],
+    ids=str,
+)
+def test_each_lever_lowers_its_part_and_the_peak(settings: dict[str, Any], part: str | None) -> None:
+    # Without the lever:
+    off = {
+        "train.loss_chunk_tokens": 4096,
+        "train.activation_checkpointing": False,
+        "train.activation_checkpointing_every": 2,
+        "train.micro_batch_size": 2,
+        "train.grad_accum_steps": 2,
+        "model.dtype": "float32",
+    }
+    (key,) = settings
+    config = small(num_hidden_layers=4, vocab_size=4096)
+    plain = {"train.grad_accum_steps": 1, **({key: off[key]} if key in off else {})}
+    before, after = (memory(recipe(4096, **values), config) for values in (plain, plain | settings))
+    assert part is None or after.parts[part] < before.parts[part]
+    assert after.peak < before.peak
+
+
+def test_a_tiled_mlp_lowers_what_a_layer_takes() -> None:
+    config = small(intermediate_size=1024)
+    before, after = (
+        memory(recipe(8192, **{"train.loss_chunk_tokens": 128, **tiles}), config)
+        for tiles in ({}, {"train.mlp_tile_tokens": 512})
+    )
+    assert after.temporary < 0.6 * before.temporary
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}),
+        ("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 64}),
+        ("gemma2", {"sliding_window": 64}),
+        ("gpt_neox", {"tie_word_embeddings": False}),
+    ],
+)
+def test_other_architectures_are_rehearsed(kind: str, sizes: dict[str, Any]) -> None:
+    assert memory(recipe(1024, **{"attention.group_size": 256}), small(kind, **sizes)).temporary > 0
+
+
+def test_data_parallel_training_holds_gradients_in_buckets_as_well() -> None:
+    one, two = (memory(recipe(), machine=gpu("l4", count)) for count in (1, 2))
+    assert two.gradients - one.gradients == 4 * outline(small(num_hidden_layers=3), recipe()).trained
+
+
+def test_a_shorter_model_keeps_its_lists_in_step() -> None:
+    short = with_layers(small("gemma3_text", num_hidden_layers=6), 4)
+    assert short.num_hidden_layers == len(short.layer_types) == 4
+
+
+def test_llama_2_7b_at_100k_fits_an_a100() -> None:
+    """The paper needed eight of them for 100k tokens (table 4)."""
+    settings = recipe(102400, **{"attention.group_size": 2048})
+    assert memory(settings, llama_2_7b(), gpu("a100-80g")).peak < 80e9
