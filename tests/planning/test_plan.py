@@ -96,8 +96,10 @@ def test_a_context_that_does_not_fit_names_the_largest_and_the_lever() -> None:
     require_fits(plan_run(recipe(1024), config, gpu("h200")))
 
 
-def test_calibration_measures_positive_rates() -> None:
-    made = calibrate(small(), recipe(512, **{"attention.group_size": 128}), this_machine())
+@pytest.mark.parametrize(("kind", "sizes"), [("llama", {}), ("gemma3_text", {"sliding_window": 64})])
+def test_calibration_measures_positive_rates(kind: str, sizes: dict[str, Any]) -> None:
+    config = small(kind, num_hidden_layers=6, **sizes)
+    made = calibrate(config, recipe(512, **{"attention.group_size": 128}), this_machine())
     assert min(made.linear_flops, made.score_flops, made.head_flops, made.bandwidth) > 0
     assert "measured" in made.basis
 

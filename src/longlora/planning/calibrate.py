@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -26,13 +27,13 @@ from longlora.model.levers import apply_memory_levers
 from longlora.planning.flops import Flops, score_flops, step_flops
 from longlora.planning.machines import Machine
 from longlora.planning.outline import AttentionLayer, Outline, outline
-from longlora.planning.rehearsal import with_layers
+from longlora.planning.rehearsal import layer_period, with_layers
 
 _FEW, _MORE = 1, 3
 _REPEATS = 2
 _LAYER_FLOPS = 3e11
 """Work of one timed layer: a fraction of a second on a CPU with matrix units, seconds on one without."""
-_SHORTEST, _LONGEST = 256, 4096
+_SHORTEST, _LONGEST = 256, 2048
 _PROBE_BYTES = 1 << 26
 _LEAST_SECONDS = 1e-6
 
@@ -45,24 +46,34 @@ def calibrate(config: PreTrainedConfig, recipe: Recipe, machine: Machine) -> Mac
     """
     tokens = _tokens(config, recipe)
     short = _at_length(recipe, tokens)
-    few, more = (outline(with_layers(config, count), short) for count in (_FEW, _MORE))
-    few_seconds, more_seconds = (_step_seconds(with_layers(config, count), short, tokens) for count in (_FEW, _MORE))
+    counts = _layer_counts(config, short)
+    few, more = (outline(with_layers(config, count), short) for count in counts)
+    few_seconds, more_seconds = (_step_seconds(with_layers(config, count), short, tokens) for count in counts)
     flops = [step_flops(model, short.train, tokens).by_part for model in (few, more)]
-    layers = (_MORE - _FEW) * min(1.0, len(more.layers) / _MORE)
-    layer_seconds = max((more_seconds - few_seconds) / max(layers, 1), _LEAST_SECONDS)
+    layers = counts[1] - counts[0]
+    layer_seconds = max((more_seconds - few_seconds) / layers, _LEAST_SECONDS)
     score_rate = _score_rate(_costliest(outline(config, recipe), recipe), recipe)
     short_rate = _score_rate(more.layers[0], short) if more.layers else score_rate
-    per_layer = [(_inside(flops[1], part) - _inside(flops[0], part)) / max(layers, 1) for part in ("scores", "linear")]
+    per_layer = [(_inside(flops[1], part) - _inside(flops[0], part)) / layers for part in ("scores", "linear")]
     linear_seconds = max(layer_seconds - per_layer[0] / short_rate, 0.1 * layer_seconds)
-    head_seconds = max(few_seconds - _FEW * layer_seconds, _LEAST_SECONDS)
+    head_seconds = max(few_seconds - counts[0] * layer_seconds, _LEAST_SECONDS)
     return replace(
         machine,
         linear_flops=max(per_layer[1], 1.0) / linear_seconds,
         score_flops=score_rate,
         head_flops=max(flops[0].output_head, 1.0) / head_seconds,
         bandwidth=_bandwidth(),
-        basis=f"measured on {_FEW} and {_MORE} layers of the model at {tokens} tokens",
+        basis=f"measured on {counts[0]} and {counts[1]} layers of the model at {tokens} tokens",
     )
+
+
+def _layer_counts(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
+    """Layers of the two models: one and three, or whole periods where layers are of several kinds."""
+    text: Any = config.get_text_config(decoder=True)
+    if len(set(getattr(text, "layer_types", None) or ())) <= 1:
+        return _FEW, _MORE
+    period = layer_period(config, recipe)
+    return period, 2 * period
 
 
 def _inside(flops: Flops, part: str) -> float:

@@ -96,7 +96,7 @@ def _anchor(recipe: Recipe) -> int:
 
 def _rehearse_layers(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
     count = int(config.get_text_config(decoder=True).num_hidden_layers)
-    period = _period(config, recipe)
+    period = layer_period(config, recipe)
     if count <= max(_SMALL, 2 * period):
         return _rehearse(config, recipe)
     few, more = (_rehearse(with_layers(config, period * times), recipe) for times in (1, 2))
@@ -112,18 +112,18 @@ def _on_line(few: Peaks, more: Peaks, times: float) -> Peaks:
 
 
 def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
-    """A copy of `config` with its first `count` layers."""
+    """A copy of `config` with its first `count` layers; beyond the last one it begins anew."""
     short = copy.deepcopy(config)
     text: Any = short.get_text_config(decoder=True)
     before = text.num_hidden_layers
     text.num_hidden_layers = count
     for name, value in vars(text).items():
         if isinstance(value, list) and len(value) == before:
-            setattr(text, name, value[:count])
+            setattr(text, name, (value * -(-count // before))[:count])
     return short
 
 
-def _period(config: PreTrainedConfig, recipe: Recipe) -> int:
+def layer_period(config: PreTrainedConfig, recipe: Recipe) -> int:
     """The smallest number of leading layers, at least 2, in which each kind of layer occurs."""
     text: Any = config.get_text_config(decoder=True)
     kinds = [getattr(text, name, None) for name in ("layer_types", "mlp_layer_types")]
