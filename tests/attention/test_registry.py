@@ -424,7 +424,7 @@ def test_a_backend_that_the_machine_lacks_is_refused(tiny_llama: LlamaForCausalL
 
 
 def test_the_choice_of_a_backend() -> None:
-    def choice(device: str, dtype: torch.dtype, **needs: bool) -> str:
+    def choice(device: str, dtype: torch.dtype, **needs: object) -> str:
         return choose_backend("auto", torch.device(device), dtype, **needs)
 
     assert choice("cpu", torch.bfloat16) == "grouped"
@@ -433,6 +433,8 @@ def test_the_choice_of_a_backend() -> None:
     assert choice("cuda", torch.float16, learned_sinks=True) == "flex"
     assert choice("cuda", torch.float32) == "flex"
     assert choice("cuda", torch.bfloat16, dropout=True) == "grouped"
+    assert choice("cuda", torch.bfloat16, head_dims=(512, 512)) == "flex"
+    assert choice("cuda", torch.float32, head_dims=(64, 8)) == "grouped"
     with pytest.raises(LongLoraError, match="backend=varlen needs bfloat16 or float16, and this is float32 on cuda"):
         choose_backend("varlen", torch.device("cuda"), torch.float32)
 

@@ -5,8 +5,8 @@ In: queries, keys, values, document bounds and a pattern. Out: the output [B, T,
 | backend | device | what it can't do |
 |---|---|---|
 | `grouped` | any | - |
-| `varlen` | CUDA | float32, dropout, soft-capped scores, learned sinks |
-| `flex` | CUDA | dropout |
+| `varlen` | CUDA | float32, dropout, soft-capped scores, learned sinks, head dims over 256 |
+| `flex` | CUDA | dropout, head dims under 16 |
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ def attend(
     Raises:
         ModelError: the bounds are wrong, or a backend was demanded that can't do this.
     """
+    device = q_BHTD.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else q_BHTD.dtype
     chosen = choose_backend(
-        backend, q_BHTD.device, q_BHTD.dtype, dropout=dropout > 0, softcap=softcap is not None,
+        backend, device, dtype,
+        head_dims=(q_BHTD.shape[-1], v_BKTD.shape[-1]), dropout=dropout > 0, softcap=softcap is not None,
         learned_sinks=sink_logits_H is not None,
     )  # fmt: skip
     if chosen == "grouped":
@@ -94,11 +97,15 @@ def choose_backend(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    head_dims: tuple[int, int] | None = None,
     dropout: bool = False,
     softcap: bool = False,
     learned_sinks: bool = False,
 ) -> Backend:
-    """The backend for tensors of `device` and `dtype`; an automatic choice is logged once.
+    """The backend for tensors of `device` and `dtype` (that of autocast where it is on); a choice is logged once.
+
+    Args:
+        head_dims: of keys and of values, where they are known.
 
     Raises:
         ModelError: the backend that is `wanted` is unknown or can't do this.
@@ -113,8 +120,13 @@ def choose_backend(
             (dropout, "has no attention dropout"),
             (softcap, "has no soft cap"),
             (learned_sinks, "has no learned sinks"),
+            (head_dims is not None and max(head_dims) > 256, "takes head dims up to 256"),
         ),
-        "flex": _first((device.type != "cuda", "needs a CUDA device"), (dropout, "has no attention dropout")),
+        "flex": _first(
+            (device.type != "cuda", "needs a CUDA device"),
+            (dropout, "has no attention dropout"),
+            (head_dims is not None and min(head_dims) < 16, "takes head dims from 16 on"),
+        ),
     }
     if wanted != "auto":
         if obstacles[wanted]:
