@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longlora.attention.backends import attend
 from longlora.attention.pattern import WindowPattern
-from longlora.attention.registry import use_s2
 from longlora.config import Recipe, build_recipe
-from longlora.errors import ModelError
 from longlora.memory.chunked_loss import chunked_loss
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype
+from longlora.model.attention import apply_attention
 from longlora.model.build import device_for_run
 from longlora.model.head import OutputHead, hidden_states
 from longlora.model.levers import apply_memory_levers
@@ -113,19 +112,7 @@ def _step_seconds(config: PreTrainedConfig, recipe: Recipe, tokens: int) -> floa
     model = add_adapter(base, recipe.adapter)
     cast_to_compute_dtype(model, dtype)
     apply_memory_levers(model, recipe)
-    settings = recipe.attention
-    try:
-        use_s2(
-            model,
-            group_size=settings.resolve_group_size(tokens),
-            sink_tokens=settings.sink_tokens,
-            shift=settings.shift,
-            full_attention_layers="all" if settings.pattern == "full" else (),
-            backend=settings.backend,
-        )
-    except ModelError:
-        if settings.pattern != "full":
-            raise
+    apply_attention(model, recipe.attention, tokens)
     model.train()
     head = OutputHead(base)
     ids = torch.randint(base.get_input_embeddings().weight.shape[0], (1, tokens), device=device)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from longlora.config import Recipe, build_recipe
 from longlora.data.reach import DocumentReach, documents_reaching
 from longlora.errors import PlanError
+from longlora.model.attention import full_attention_steps
 from longlora.model.rope import rescale_for
 from longlora.planning.flops import Flops, StepFlops, forward_flops, step_flops
 from longlora.planning.longest import Fit, longest_context
@@ -209,10 +210,9 @@ def _hours(recipe: Recipe, config: PreTrainedConfig, model: Outline, machine: Ma
     def seconds(each: Outline) -> float:
         return step_time(step_flops(each, train, recipe.context.context_length), each, machine).total
 
-    full = recipe.attention.full_attention_final_fraction if recipe.attention.pattern == "s2" else 0.0
-    if not full:
+    full_steps = full_attention_steps(recipe)
+    if recipe.attention.pattern == "full" or not full_steps:
         return train.steps * seconds(model) / 3600
-    full_steps = round(train.steps * full)
     dense = build_recipe(recipe.model_dump(), ["attention.pattern=full"])
     sparse_seconds = (train.steps - full_steps) * seconds(model)
     return (sparse_seconds + full_steps * seconds(outline(config, dense))) / 3600

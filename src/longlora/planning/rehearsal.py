@@ -13,7 +13,7 @@ import contextlib
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -26,11 +26,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from longlora.attention.lazy_mask import LazyMask
-from longlora.attention.registry import s2_attention_forward, use_s2
+from longlora.attention.registry import s2_attention_forward
 from longlora.config import Recipe
 from longlora.errors import ModelError
 from longlora.memory.chunked_loss import chunked_loss
 from longlora.model.adapters import cast_to_compute_dtype
+from longlora.model.attention import apply_attention
 from longlora.model.head import OutputHead, hidden_states
 from longlora.model.levers import apply_memory_levers
 from longlora.planning.outline import meta_model
@@ -214,19 +215,8 @@ def _use_attention(model: PeftModel, recipe: Recipe) -> None:
     settings = recipe.attention
     layers = int(model.get_base_model().config.get_text_config(decoder=True).num_hidden_layers)
     some = [layer for layer in settings.full_attention_layers if layer < layers]
-    full: Sequence[int] | Literal["all"] = "all" if settings.pattern == "full" else some
-    try:
-        use_s2(
-            model,
-            group_size=settings.resolve_group_size(recipe.context.context_length),
-            sink_tokens=settings.sink_tokens,
-            shift=settings.shift,
-            full_attention_layers=full,
-            backend="grouped",
-        )
-    except ModelError:
-        if settings.pattern != "full":
-            raise
+    here = settings.model_copy(update={"full_attention_layers": some, "backend": "grouped"})
+    if not apply_attention(model, here, recipe.context.context_length):
         return
     AttentionInterface.register(_KEY, s2_attention_forward)
     AttentionMaskInterface.register(_KEY, _whole_rows)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from longlora.attention.registry import describe_attention, use_s2
+from longlora.attention.registry import describe_attention
 from longlora.config import Recipe
-from longlora.errors import UnsupportedModelError
+from longlora.model.attention import apply_attention, full_attention_steps
 
 
 class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
@@ -25,10 +24,8 @@ class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, model: PeftModel, recipe: Recipe, console: Console) -> None:
         self._model = model
-        self._settings = recipe.attention
-        self._group_size = recipe.attention.resolve_group_size(recipe.context.context_length)
-        final = math.ceil(recipe.train.steps * recipe.attention.full_attention_final_fraction)
-        self._first_full_step = 0 if recipe.attention.pattern == "full" else recipe.train.steps - final
+        self._settings, self._context_length = recipe.attention, recipe.context.context_length
+        self._first_full_step = recipe.train.steps - full_attention_steps(recipe)
         self._console = console
         self._full: bool | None = None
         self._apply(full=self._first_full_step == 0)
@@ -43,18 +40,5 @@ class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
         if full == self._full:
             return
         self._full = full
-        settings = self._settings
-        try:
-            use_s2(
-                self._model,
-                group_size=self._group_size,
-                sink_tokens=settings.sink_tokens,
-                shift=settings.shift,
-                full_attention_layers="all" if full else settings.full_attention_layers,
-                backend=settings.backend,
-            )
-        except UnsupportedModelError:
-            # Full attention needs nothing of ours; what the model has is then said in the line below.
-            if settings.pattern != "full":
-                raise
+        apply_attention(self._model, self._settings, self._context_length, full=full)
         self._console.print(f"attention in training: {describe_attention(self._model)}", highlight=False)
