@@ -3,31 +3,36 @@
 python benchmarks/bench_plan.py            writes benchmarks/results/plan.csv; points that are there are left out
 python benchmarks/bench_plan.py --only smol-4k mid-8k --again
 
-Every model has random weights. A point is predicted in one process and trained for three steps in another, through
-`longlora.training.trainer.train`; peak memory is that of the process (``ru_maxrss``), time the median of the steps
-after the first. Run it on an idle machine: memory is the same on a busy one, time is not.
+Every model has random weights and is trained for three steps twice, each time in a process of its own. Once freed
+memory goes back to the system, as `longlora train` does where memory is short: peak memory (``ru_maxrss``) is from
+there, and is what the planner predicts. Once it is kept, as where there is plenty: seconds, the median of the steps after the
+first, are from there; the process is then larger (``kept_mb``). Time needs an idle machine, memory does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import itertools
-import json
-import random
-import resource
-import statistics
-import subprocess
-import sys
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, before torch
+
 from rows import RESULTS, append_rows, device_for_benchmark
+from transformers import AutoConfig
+
+from longlora.bench.inputs import random_model
+from longlora.bench.step import StepCost, StepJob, measure_apart, recipe_of
+from longlora.config import build_recipe
+from longlora.memory.allocator import keep_freed_memory
+from longlora.planning.calibrate import calibrate
+from longlora.planning.machines import this_machine
+from longlora.planning.plan import plan_run
 
 STEPS = 3
-MEMORY_TARGET, TIME_TARGET = 0.10, 0.25
 
 
 @dataclass(frozen=True)
@@ -94,111 +99,58 @@ POINTS = {
 }
 
 
-def make(point: Point, folder: Path) -> None:
-    """A model folder with random weights and a shard of random letters."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+def job_of(point: Point, folder: str, *, return_freed: bool) -> StepJob:
+    """The step to measure: the point's settings, with groups of 1024."""
+    dotted = build_recipe(
+        {
+            "run_dir": "",
+            "model": {"name_or_path": ""},
+            "context": {"context_length": point.context},
+            "attention": {"group_size": 1024},
+        },
+        point.settings,
+    )
+    values = dotted.model_dump(include={"model", "attention", "adapter", "train"})
+    return StepJob("longlora", folder, point.context, STEPS, values=values, return_freed=return_freed)
 
-    from longlora.artifacts import RunFolder
-    from longlora.data.documents import Document, ReadReport
-    from longlora.data.shards import write_shard
-    from longlora.model.build import tokenizer_hash
 
+def predict(point: Point) -> tuple[float, float]:
+    """Bytes and seconds."""
     shape = SHAPES[point.shape]
     config = AutoConfig.for_model(shape.kind, max_position_embeddings=point.context // 2, pad_token_id=0, **shape.sizes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    rules = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules)
-    tokenizer.save_pretrained(folder / "model")
-    generator = random.Random(0)
-    texts = ("".join(generator.choices("abcdefghij ", k=point.context)) for _ in range(4))
-    write_shard(
-        RunFolder(folder / "run").train_shard,
-        (Document(str(number), text) for number, text in enumerate(texts)),
-        tokenizer,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        add_special_tokens=False,
-        report=ReadReport(),
-    )
-
-
-def recipe_of(point: Point, folder: Path) -> Any:
-    from longlora.config import build_recipe
-
-    values = {
-        "run_dir": str(folder / "run"),
-        "model": {"name_or_path": str(folder / "model")},
-        "context": {"context_length": point.context},
-        "attention": {"group_size": 1024},
-        "train": {"steps": STEPS, "grad_accum_steps": 1, "warmup_steps": 0, "save_steps": 1000},
-    }
-    return build_recipe(values, point.settings)
-
-
-def predict(point: Point, folder: Path) -> dict[str, Any]:
-    from longlora.model.build import load_config
-    from longlora.planning.calibrate import calibrate
-    from longlora.planning.machines import this_machine
-    from longlora.planning.plan import plan_run
-
-    recipe = recipe_of(point, folder)
-    config = load_config(recipe.model)
+    recipe = recipe_of(job_of(point, "", return_freed=True))
     plan = plan_run(recipe, config, calibrate(config, recipe, this_machine()))
-    return {"bytes": plan.memory.peak, "seconds": plan.time.total, "parts": plan.memory.parts}
+    return plan.memory.peak, plan.time.total
 
 
-def measure(point: Point, folder: Path) -> dict[str, Any]:
-    from rich.console import Console
-
-    from longlora.artifacts import RunFolder
-    from longlora.training.trainer import train
-
-    recipe = recipe_of(point, folder)
-    train(recipe, Console(file=sys.stderr))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rows = [json.loads(line) for line in RunFolder(recipe.run_path).metrics.read_text().splitlines()]
-    times = [row["seconds"] for row in rows]
-    steps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return {"bytes": peak, "seconds": statistics.median(steps)}
+def measure(point: Point, *, return_freed: bool) -> StepCost:
+    shape = SHAPES[point.shape]
+    config = AutoConfig.for_model(shape.kind, pad_token_id=0, **shape.sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(config, point.context, Path(folder) / "model")
+        cost = measure_apart(job_of(point, folder, return_freed=return_freed))
+    if isinstance(cost, str):
+        raise SystemExit(f"{point}: {cost}")
+    return cost
 
 
-def in_process(way: str, name: str, folder: Path) -> dict[str, Any]:
-    made = subprocess.run(
-        [sys.executable, __file__, "--way", way, "--only", name, "--folder", str(folder)],
-        capture_output=True, encoding="utf-8", check=False,
-    )  # fmt: skip
-    if made.returncode:
-        raise SystemExit(f"{name}: {way} failed:\n{made.stderr[-3000:]}")
-    return json.loads(made.stdout.splitlines()[-1])
-
-
-def one_way(way: str, name: str, folder: Path) -> None:
-    from longlora.memory.allocator import keep_freed_memory
-
-    keep_freed_memory()  # as the command line does
-    done = {"make": make, "predict": predict, "measure": measure}[way](POINTS[name], folder)
-    print(json.dumps(done))
-
-
-def row_of(name: str, folder: Path) -> dict[str, Any]:
-    in_process("make", name, folder)
-    predicted, measured = (in_process(way, name, folder) for way in ("predict", "measure"))
+def row_of(name: str) -> dict[str, Any]:
     point = POINTS[name]
-    error = {key: predicted[key] / measured[key] - 1 for key in ("bytes", "seconds")}
+    tight, kept = (measure(point, return_freed=each) for each in (True, False))
+    size, seconds = predict(point)
+    errors = size / tight.peak_bytes - 1, seconds / kept.seconds - 1
     print(
-        f"{name:22} memory {predicted['bytes'] / 1e6:7.0f} of {measured['bytes'] / 1e6:7.0f} MB ({error['bytes']:+.1%})"
-        f"   step {predicted['seconds']:7.2f} of {measured['seconds']:7.2f} s ({error['seconds']:+.1%})   "
-        + json.dumps({key: round(value / 1e6) for key, value in predicted["parts"].items()}),
+        f"{name:22} memory {size / 1e6:7.0f} of {tight.peak_bytes / 1e6:7.0f} MB ({errors[0]:+.1%}), kept "
+        f"{kept.peak_bytes / 1e6:7.0f}   step {seconds:7.2f} of {kept.seconds:7.2f} s ({errors[1]:+.1%}), returned "
+        f"{tight.seconds:7.2f}",
         flush=True,
     )
     return {
         "point": name, "shape": point.shape, "context": point.context, "settings": " ".join(point.settings),
-        "predicted_mb": round(predicted["bytes"] / 1e6), "measured_mb": round(measured["bytes"] / 1e6),
-        "memory_error": f"{error['bytes']:+.3f}", "predicted_s": f"{predicted['seconds']:.3f}",
-        "measured_s": f"{measured['seconds']:.3f}", "time_error": f"{error['seconds']:+.3f}",
+        "predicted_mb": round(size / 1e6), "measured_mb": round(tight.peak_bytes / 1e6),
+        "memory_error": f"{errors[0]:+.3f}", "kept_mb": round(kept.peak_bytes / 1e6),
+        "predicted_s": f"{seconds:.3f}", "measured_s": f"{kept.seconds:.3f}", "time_error": f"{errors[1]:+.3f}",
+        "returned_s": f"{tight.seconds:.3f}",
     }  # fmt: skip
 
 
@@ -215,16 +167,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS))
     parser.add_argument("--again", action="store_true", help="also points that have a row")
     parser.add_argument("--dry", action="store_true", help="print, append nothing")
-    parser.add_argument("--way", choices=("make", "predict", "measure"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.way:
-        one_way(args.way, args.only[0], args.folder)
-        return
+    keep_freed_memory()  # as the command line does, for the rates
     skipped = set() if args.again or args.dry else done_before()
     for name in [name for name in args.only if name not in skipped]:
-        with tempfile.TemporaryDirectory() as folder:
-            row = row_of(name, Path(folder))
+        row = row_of(name)
         if not args.dry:
             append_rows("plan", [row], device_for_benchmark())
 

@@ -27,6 +27,7 @@ _COLUMNS = {
     "right padding changes nothing": "padded",
     "evaluation is full attention": "evaluation",
     "gradients are finite and reach all layers": "gradients",
+    "gradients are those of the loss": "right gradients",
 }
 
 

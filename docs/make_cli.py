@@ -1,8 +1,8 @@
 """Write docs/cli.md from the command line and the recipe as they are: ``python docs/make_cli.py``.
 
 Help texts come from the real application, run in another process with a fixed terminal: typer reads width and colours
-from the environment when it is imported. Types, limits and defaults come from config.py's models; what a key means is
-the string below its field there, read from the source, because pydantic does not keep it.
+from the environment when it is imported. Types, limits and defaults come from config/'s models; what a key means is the
+string below its field there, read from the source, because pydantic does not keep it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from longlora import config
 
 CLI = Path(__file__).parent / "cli.md"
+_CONFIG = Path(config.__file__).parent
 _WIDTH = 100
 # Variables that make typer or rich colour, widen or rearrange what they print.
 _TERMINAL = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
@@ -47,7 +48,7 @@ def help_texts() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in _TERMINAL}
     environment |= {"COLUMNS": str(_WIDTH), "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
     # The same longlora as in this process, also where it is only on sys.path.
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(config.__file__).parent.parent), *filter(None, sys.path)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(_CONFIG.parent.parent), *filter(None, sys.path)])
     made = subprocess.run(
         [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, encoding="utf-8", check=True
     )
@@ -60,9 +61,10 @@ def _trimmed(text: str) -> str:
 
 
 def descriptions() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string below the field in config.py; a field without one is missing."""
+    """(class, field) -> the string below the field in config/; a field without one is missing."""
     found = {}
-    for node in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(_CONFIG.glob("*.py"))]
+    for node in (node for tree in trees for node in tree.body):
         if not isinstance(node, ast.ClassDef):
             continue
         for before, after in zip(node.body, node.body[1:], strict=False):
@@ -80,7 +82,7 @@ def descriptions() -> dict[tuple[str, str], str]:
 def recipe_keys(
     section: type[BaseModel] = config.Recipe, prefix: str = ""
 ) -> Iterator[tuple[str, type[BaseModel], FieldInfo]]:
-    """Dotted name, class and field of every setting, in the order of config.py."""
+    """Dotted name, class and field of every setting, in the order of the classes."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from recipe_keys(field.annotation, f"{prefix}{name}.")

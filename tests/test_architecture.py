@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "longlora"
 # From the top of the stack to its bottom; a module imports from its own layer and those below.
 LAYERS = [
     {"cli"},
-    {"quickstart"},
+    {"quickstart", "bench"},
     {"training", "evaluation", "planning"},
     {"model", "data"},
     {"memory", "attention"},

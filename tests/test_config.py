@@ -13,13 +13,16 @@ SOURCE = Path(__file__).parent.parent / "src" / "longlora"
 MINIMAL = {"run_dir": "r", "model": {"name_or_path": "m"}, "context": {"context_length": 100}}
 
 
+RATIO = ["attention.group_size=null"]
+
+
 def minimal(**changes: object) -> dict[str, object]:
     return {**MINIMAL, **changes}
 
 
 def test_overrides_and_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("run_dir: a\nmodel: {name_or_path: m}\ncontext: {context_length: 10}\n", encoding="utf-8")
+    path.write_text("run_dir: a\nmodel: {name_or_path: m}\ncontext: {context_length: 1000}\n", encoding="utf-8")
     recipe = load_recipe(
         path,
         ["train.steps=20", "train.learning_rate=3e-4", "attention.group_size=null", "attention.group_size_ratio=0.25"],
@@ -43,8 +46,32 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
         ({}, ["run_dir.x=1"], "run_dir is a value, not a section"),
         ({}, ["attention.group_size_ratio=0.5"], "give exactly one of them"),
         ({}, ["attention.group_size=null"], "give exactly one of them"),
-        ({}, ["attention.group_size=7"], "group_size=7 is odd"),
+        ({}, ["attention.group_size=7"], "attention: group_size=7 is odd, and half a group must be whole tokens"),
+        ({}, ["attention.group_size=7"], "whatever the shift: give 6 or 8"),
+        ({}, ["attention.group_size=7", "attention.shift=none"], "group_size=7 is odd"),
+        ({}, ["attention.group_size=1", "attention.sink_tokens=0"], "group_size=1 is odd"),
+        ({}, ["attention.group_size=1", "attention.sink_tokens=0"], "whatever the shift: give 2"),
         ({}, ["attention.sink_tokens=2048"], "sink_tokens=2048 must be less than group_size=2048"),
+        ({}, ["attention.sink_tokens=2049"], "lower sink_tokens or raise group_size to at least 2050"),
+        (
+            {},
+            [*RATIO, "attention.group_size_ratio=0.04"],
+            "recipe: attention.group_size_ratio=0.04 of context.context_length=100 is a group of 4 tokens, and one "
+            "must hold more than attention.sink_tokens=4: raise group_size_ratio to at least 0.06",
+        ),
+        ({}, [*RATIO, "attention.group_size_ratio=0.01", "attention.sink_tokens=0"], "to at least 0.02"),
+        ({}, [*RATIO, "attention.group_size_ratio=1", "attention.sink_tokens=100"], "=100: lower sink_tokens"),
+        (
+            {},
+            ["attention.full_attention_layers=[0,-1]"],
+            "full_attention_layers=[0, -1] has -1, and layers are counted",
+        ),
+        ({}, ["attention.full_attention_layers=[3,0,3]"], "names layer 3 more than once: name it once"),
+        (
+            {},
+            ["attention.backend=flash"],
+            "attention.backend = 'flash': Input should be 'auto', 'grouped', 'varlen' or",
+        ),
         ({}, ["eval.perplexity.context_lengths=[1]"], "context_lengths.0 = 1"),
         ({}, ["eval.passkey.depths=[1.5]"], "depths.0 = 1.5"),
         ({"context": {}}, [], "context.context_length is missing"),
@@ -60,6 +87,16 @@ def test_mistakes_are_named_with_a_remedy(values: dict[str, object], overrides: 
         build_recipe(minimal(**values), overrides)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_ratio_that_is_named_is_enough() -> None:
+    for ratio, works in ((0.059, False), (0.06, True)):
+        overrides = [*RATIO, f"attention.group_size_ratio={ratio}"]
+        if works:
+            assert build_recipe(MINIMAL, overrides).attention.resolve_group_size(100) == 6
+        else:
+            with pytest.raises(LongLoraError, match=r"at least 0\.06"):
+                build_recipe(MINIMAL, overrides)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +121,7 @@ def test_every_setting_is_read_by_some_code() -> None:
     read: set[str] = set()
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        inside_config = path.name == "config.py"
+        inside_config = path.parent == SOURCE / "config"
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 if inside_config and not (isinstance(node.value, ast.Name) and node.value.id == "self"):

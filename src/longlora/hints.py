@@ -20,7 +20,7 @@ def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str
         return f"{source}: {dotted} is missing; add it to the recipe or give {dotted}=VALUE{more}"
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], dict):  # a rule about a whole section names its values itself
-        return f"{source}: {dotted}: {message}{more}"
+        return f"{source}: {dotted}: {message}{more}" if dotted else f"{source}: {message}{more}"
     return f"{source}: {dotted} = {first['input']!r}: {message}{more}"
 
 

@@ -2,7 +2,15 @@
 
 import pytest
 
-from longlora.attention.pattern import S2Pattern, check_bounds, head_slices, may_attend, runs, shifted_heads
+from longlora.attention.pattern import (
+    S2Pattern,
+    WindowPattern,
+    check_bounds,
+    head_slices,
+    may_attend,
+    runs,
+    shifted_heads,
+)
 from longlora.errors import LongLoraError
 
 
@@ -31,6 +39,24 @@ def test_runs_cut_what_the_definition_says(group_size: int, shifted: bool) -> No
                         made |= {(i, j) for j in keys}
             assert position == length
             assert made == seen
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 33, 70])
+def test_blocks_of_a_window_cut_what_the_definition_says(window: int) -> None:
+    for length in (*range(1, 8), 16, 33, 34, 70, 71, 150):
+        position = 0
+        for run in runs(length, WindowPattern(window), shifted=False):
+            assert run.start == position
+            position = run.stop
+            assert run.start - run.history >= 0, "a block must not reach back before the document"
+            for query in range(run.start, run.stop):
+                segment = run.start + (query - run.start) // run.size * run.size
+                first = query - run.history if run.history else segment
+                seen = [
+                    key for key in range(length) if may_attend(query, key, length, WindowPattern(window), shifted=False)
+                ]
+                assert seen == [*range(first, query + 1)]
+        assert position == length
 
 
 def test_no_position_sees_a_later_one_and_all_see_themselves() -> None:

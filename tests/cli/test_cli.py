@@ -136,14 +136,65 @@ def test_check_refuses_a_model_that_cannot_use_s2_in_one_line(longlora: Callable
     assert "'bloom' does not dispatch" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("attention.full_attention_layers=[7]", "full_attention_layers=[7]"),
+        ("attention.backend=varlen", "backend=varlen needs a CUDA device"),
+    ],
+)
+def test_check_refuses_settings_that_the_model_or_machine_lacks(
+    longlora: Callable[..., Result], recipe: Path, override: str, expected: str
+) -> None:
+    result = longlora("check", "recipe.yaml", override)
+    assert result.returncode == 2, result.stdout
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(f"longlora: {expected}")
+
+
 def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result], tiny_model_folder: Path) -> None:
     result = longlora("check", str(tiny_model_folder))
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("ok")]
-    assert len(lines) == 9
-    assert "attention in training: sparse in layers 0-1 (groups of 2048, 4 sink tokens" in result.stdout
+    lines = result.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("ok")]) == 10
+    assert lines[:2] == [
+        "attention in training: sparse in layers 0-1 (groups of 2048, 4 sink tokens, shifted in half of the heads); "
+        "backend grouped in bfloat16",
+        "checked with groups of 16 and 4 sink tokens, in float32",
+    ]
     assert "layer 0, head 0: groups; layer 0, head " in result.stdout
     assert Path("attention_pattern.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_check_takes_the_attention_of_a_recipe(longlora: Callable[..., Result], recipe: Path) -> None:
+    settings = ["attention.shift=layers", "attention.sink_tokens=48", "attention.full_attention_final_fraction=0.2"]
+    result = longlora("check", "recipe.yaml", *settings, "--picture", "new/folder/picture.png")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "shifted in every other layer); backend grouped in float32" in result.stdout
+    assert "checked with groups of 16 and 12 sink tokens" in result.stdout
+    assert "ok   the final phase of training is full attention" in result.stdout
+    assert "drawn: layer 0, head 0: groups; layer 1, head 0: shifted groups: new/folder/picture.png" in result.stdout
+    assert Path("new/folder/picture.png").exists()
+
+
+def test_check_of_full_attention(longlora: Callable[..., Result], recipe: Path) -> None:
+    result = longlora("check", "recipe.yaml", "attention.pattern=full")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("attention in training: full in layers 0-1; backend grouped in float32\nok")
+    assert "ok   training is full attention" in result.stdout
+    assert "sparse" not in result.stdout
+
+
+def test_check_of_full_attention_without_s2_says_what_fails(
+    longlora: Callable[..., Result], recipe: Path, tmp_path: Path
+) -> None:
+    BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=16, n_layer=1, n_head=2)).save_pretrained("bloom")
+    result = longlora("check", "recipe.yaml", "model.name_or_path=bloom", "attention.pattern=full")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "the model's own" in result.stdout
+    assert "FAIL packed documents do not see each other" in result.stdout
+    assert "2 checks failed" in result.stdout
+    assert not Path("attention_pattern.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +214,12 @@ def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result],
         (("report", "recipe.yaml"), "run `longlora eval` first"),
         (("prepare", "recipe.yaml", "data.heldout=[missing.txt]"), "missing.txt"),
         (("check", "./nowhere"), "model './nowhere' cannot be read"),
+        (
+            ("check", "./nowhere", "--picture", "texts"),
+            "picture texts cannot be written (it is a folder): give --picture",
+        ),
+        (("check", "./nowhere", "--picture", "recipe.yaml/x.png"), "picture recipe.yaml/x.png cannot be written ("),
+        (("check", "./nowhere", "train.steps=2"), "takes no overrides such as train.steps=2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -21,9 +21,11 @@ from longlora.config import Recipe, build_recipe
 from longlora.data.prepare import prepare_shards
 from longlora.data.shards import open_shard
 from longlora.errors import LongLoraError
+from longlora.model.attention import full_attention_steps
 from longlora.model.build import load_config, load_for_training, load_tokenizer, tokenizer_hash
 from longlora.model.merge import merge_adapter
 from longlora.training import trainer as trainer_module
+from longlora.training.attention_schedule import moved_full_phase
 from longlora.training.trainer import train
 
 QUIET = Console(quiet=True)
@@ -115,7 +117,7 @@ def test_the_final_phase_is_full_attention_also_after_resuming(
     attend = registry.attend
 
     def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: object, pattern: object, **options: object):
-        if torch.is_grad_enabled():  # not the probe before training
+        if torch.is_grad_enabled() and type(q) is torch.Tensor:  # neither the probe nor the plan before training
             patterns.append(pattern)
         return attend(q, k, v, bounds, pattern, **options)
 
@@ -135,6 +137,58 @@ def test_the_final_phase_is_full_attention_also_after_resuming(
     assert patterns
     assert all(pattern == FULL for pattern in patterns), "steps 5 and 6 are in the final phase"
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+
+
+def test_more_steps_on_resume_move_the_final_phase_and_it_is_said(tmp_path: Path, tiny_model_folder: Path) -> None:
+    plain = make_recipe(tmp_path, tiny_model_folder, "plain")
+    recipe = with_attention(plain, tmp_path / "annealed", full_attention_final_fraction=0.5)
+    train(recipe, QUIET)
+    shutil.rmtree(RunFolder(recipe.run_path).adapter)
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 8})})
+    out = io.StringIO()
+    train(longer, Console(file=out, width=300), resume=True)
+    said = [line for line in out.getvalue().splitlines() if "train.steps was" in line]
+    assert said == [
+        "train.steps was 6 and is 8: the phase with full attention was to be steps 4-6 and is steps 5-8; step 4 had "
+        "full attention already"
+    ]
+    shutil.rmtree(RunFolder(recipe.run_path).adapter)
+    out = io.StringIO()
+    train(longer, Console(file=out, width=300), resume=True)
+    assert "train.steps was" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("steps", "done", "expected"),
+    [
+        (200, 50, "steps 91-100 and is steps 181-200"),
+        (200, 100, "and is steps 181-200; steps 91-100 had full attention already; steps 101-180 will be sparse again"),
+        (200, 92, "steps 91-92 had full attention already; steps 93-180 will be sparse again"),
+        (60, 58, "and is steps 55-60; steps 55-58 had sparse attention"),
+        (60, 50, "was to be steps 91-100 and is steps 55-60"),
+        (100, 95, ""),
+    ],
+)
+def test_what_is_said_of_a_final_phase_that_moved(steps: int, done: int, expected: str) -> None:
+    values = {"run_dir": "r", "model": {"name_or_path": "m"}, "context": {"context_length": 64}}
+    before = build_recipe(values, ["attention.full_attention_final_fraction=0.1", "train.steps=100"])
+    now = build_recipe(before.model_dump(), [f"train.steps={steps}"])
+    said = moved_full_phase(before, now, done)
+    assert said.endswith(expected)
+    assert bool(said) == bool(expected)
+    for changes in (["attention.full_attention_final_fraction=0"], ["attention.pattern=full"]):
+        one, other = build_recipe(before.model_dump(), changes), build_recipe(now.model_dump(), changes)
+        assert moved_full_phase(one, other, done) == ""
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "expected"),
+    [(100, 0.07, 7), (100, 0.29, 29), (30, 0.1, 3), (10, 0.01, 1), (10, 0, 0), (3, 1, 3)],
+)
+def test_steps_of_the_final_phase_are_counted_as_written(steps: int, fraction: float, expected: int) -> None:
+    values = {"run_dir": "r", "model": {"name_or_path": "m"}, "context": {"context_length": 64}}
+    settings = [f"train.steps={steps}", f"attention.full_attention_final_fraction={fraction}"]
+    assert full_attention_steps(build_recipe(values, settings)) == expected
 
 
 def test_full_attention_in_training_keeps_documents_apart(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -251,7 +305,7 @@ def test_running_out_of_memory_names_a_lever_and_the_run_goes_on_with_it(
 
     with monkeypatch.context() as patched:
         spoil_loss(patched, 8, too_much)
-        with pytest.raises(LongLoraError, match="out of memory on cpu in step 4.*the largest part is about.*intact"):
+        with pytest.raises(LongLoraError, match="out of memory on cpu in step 4.*planned were .* most of it.*intact"):
             train(recipe, QUIET)
     run = RunFolder(recipe.run_path)
     assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]

@@ -1,26 +1,28 @@
 """The self-check: does S2-Attn do on a given model what it promises? Run by ``longlora check MODEL`` and by the tests.
 
-Every check compares outputs of the whole model, through transformers, not of our functions alone. A check that a broken
-switch could pass is paired with one that it can't: sparse attention must also differ from full attention.
+Every check compares outputs of the whole model in training mode, through transformers, not of our functions alone. A
+check that a broken switch could pass is paired with one that it can't: sparse attention must also differ from full
+attention. Gradients are in `check_gradients.py`; tests/attention/test_check.py shows for each check what makes it fail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longlora.attention.layers import attention_modules
-from longlora.attention.registry import use_full, use_s2
+from longlora.attention.check_gradients import gradients_are_right, gradients_reach
+from longlora.attention.layers import attention_modules, has_window, layer_numbers
+from longlora.attention.pattern import FULL
+from longlora.attention.probing import ProbeSettings, as_it_was, logits, tokens, tolerance, training_with, vocabulary
+from longlora.attention.registry import settings_of, use_full, use_s2
 from longlora.errors import LongLoraError, UnsupportedModelError
 
-_GROUP = 16
-_SINKS = 2
+_SMALL = ProbeSettings()
 
 
 @dataclass(frozen=True)
@@ -32,171 +34,200 @@ class CheckResult:
     detail: str
 
 
-def check_model(model: PreTrainedModel) -> Iterator[CheckResult]:
-    """Run all checks on `model` (float32 recommended), yielding each result as it is known.
+Outcome = tuple[bool, str]
+_Check = Callable[[PreTrainedModel, ProbeSettings], Outcome]
 
-    The model is left as it was: full attention, evaluation mode, same weights.
+
+def check_model(
+    model: PreTrainedModel, settings: ProbeSettings | None = _SMALL, *, bfloat16: bool | None = None
+) -> Iterator[CheckResult]:
+    """Run all checks on `model`, in float32, yielding each result as it is known.
+
+    The model is left as it was, but with full attention.
+
+    Args:
+        settings: what training would use, on groups of some tokens; None is the model's own attention, of which the
+            checks ask what has nothing to do with groups.
+        bfloat16: compare bfloat16, under autocast, with float32 as well; if None, on CUDA only, where other backends
+            compute it.
     """
-    checks: list[tuple[str, Callable[[PreTrainedModel], tuple[bool, str]]]] = [
-        ("no token sees a later one", _no_leak),
-        ("nor with other shifts and layers of full attention", _no_leak_with_other_settings),
-        ("sparse attention is in effect", _differs_from_full),
-        ("a group as long as the sequence is full attention", _long_group_is_full),
-        ("packed documents do not see each other", _documents_are_isolated),
-        ("right padding changes nothing", _padding_changes_nothing),
-        ("evaluation is full attention", _evaluation_is_full),
-        ("gradients are finite and reach all layers", _gradients),
-    ]
-    for name, run in checks:
+    if bfloat16 is None:
+        bfloat16 = model.device.type == "cuda"
+    with as_it_was(model):
+        for name, check in _checks(model, settings, bfloat16):
+            yield _result(model, name, check)
+
+
+def _result(model: PreTrainedModel, name: str, check: Callable[[], Outcome]) -> CheckResult:
+    with as_it_was(model):
         try:
-            passed, detail = run(model)
+            return CheckResult(name, *check())
         except LongLoraError as error:
-            passed, detail = False, str(error)
-        finally:
-            model.eval()
-            use_full(model)
-        yield CheckResult(name, passed, detail)
+            return CheckResult(name, False, str(error))
+
+
+def _checks(
+    model: PreTrainedModel, settings: ProbeSettings | None, bfloat16: bool
+) -> list[tuple[str, Callable[[], Outcome]]]:
+    """Names and checks: those of groups only where a layer has groups."""
+    exact = None if settings is None else settings.for_float32()
+    checks: list[tuple[str, Any, ProbeSettings | None]] = [("no token sees a later one", _no_leak, exact)]
+    if exact is not None and _has_groups(model, exact):
+        checks += [
+            ("nor with other shifts and layers of full attention", _no_leak_with_other_settings, exact),
+            ("sparse attention is in effect", _differs_from_full, exact),
+            ("a group as long as the sequence is full attention", _long_group_is_full, exact),
+        ]
+    elif exact is not None:
+        checks += [("training is full attention", _training_is_full, exact)]
+    checks += [
+        ("packed documents do not see each other", _documents_are_isolated, exact),
+        ("right padding changes nothing", _padding_changes_nothing, exact),
+    ]
+    if exact is not None:
+        checks += [("evaluation is full attention", _evaluation_is_full, exact)]
+    checks += [
+        ("gradients are finite and reach all layers", gradients_reach, exact),
+        ("gradients are those of the loss", gradients_are_right, exact),
+    ]
+    if settings is not None and bfloat16:
+        checks += [("bfloat16 is as exact as with full attention", _bfloat16_is_exact, settings)]
+    return [(name, lambda check=check, own=own: check(model, own)) for name, check, own in checks]  # type: ignore[misc]
 
 
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether packed documents train as separate ones do, with S2-Attn or, where that is unsupported, without.
 
     States and convolutions of hybrid models carry over from one document to the next, and some architectures do not
-    tell their attention where documents begin. Leaves the model in evaluation mode with full attention.
+    tell their attention where documents begin. Leaves the model as it was, but with full attention.
     """
-    model.eval()
-    try:
-        passed, _ = _documents_are_isolated(model)
-    except UnsupportedModelError:
-        passed, _ = _compare_packed(model)
+    with as_it_was(model):
+        try:
+            passed, _ = _documents_are_isolated(model, _SMALL)
+        except UnsupportedModelError:
+            passed, _ = _documents_are_isolated(model, None)
     return passed
 
 
-@contextmanager
-def _sparse(model: PreTrainedModel, group_size: int = _GROUP, **settings: Any) -> Iterator[None]:
-    # The sparse pattern without dropout: evaluation mode with the option that keeps the pattern.
-    model.eval()
-    use_s2(model, group_size=group_size, sink_tokens=_SINKS, sparse_in_evaluation=True, **settings)
+def _has_groups(model: PreTrainedModel, settings: ProbeSettings) -> bool:
     try:
-        yield
-    finally:
-        use_full(model)
+        use_s2(model, **vars(settings))
+    except LongLoraError:
+        return True  # the checks will say what is wrong
+    modules = attention_modules(model)
+    found = any(settings_of(module).pattern != FULL and not has_window(model, module) for module in modules)
+    use_full(model)
+    return found
 
 
-def _tokens(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, ids: Tensor, **kwargs: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False, **kwargs).logits.float()  # type: ignore[no-any-return]
-
-
-def _tolerance(logits: Tensor, model: PreTrainedModel) -> float:
-    """Rounding of the model's data type, relative to the spread of its logits."""
-    unit = 1e-4 if model.dtype is torch.float32 else 5e-2
-    return unit * (logits.max() - logits.min()).item()
-
-
-def _compare(model: PreTrainedModel, one: Tensor, other: Tensor) -> tuple[bool, str]:
-    limit, found = _tolerance(one, model), (one - other).abs().max().item()
+def _compare(model: PreTrainedModel, one: Tensor, other: Tensor) -> Outcome:
+    limit, found = tolerance(one, model), (one - other).abs().max().item()
     return found <= limit, f"largest difference of logits {found:.2g}, limit {limit:.2g}"
 
 
-def _no_leak(model: PreTrainedModel, **settings: Any) -> tuple[bool, str]:
+def _training_logits(model: PreTrainedModel, settings: ProbeSettings | None, ids: Tensor, **kwargs: Tensor) -> Tensor:
+    with training_with(model, settings):
+        return logits(model, ids, **kwargs)
+
+
+def _no_leak(model: PreTrainedModel, settings: ProbeSettings | None) -> Outcome:
+    group = (settings or _SMALL).group_size
     worst = limit = 0.0
     # A roll leaks only where the length is a multiple of the group: the end meets the beginning.
-    for length in (3 * _GROUP, 3 * _GROUP + 5):
-        ids = _tokens(model, length)
-        with _sparse(model, **settings):
-            before = _logits(model, ids)
-            for position in (1, _GROUP // 2, _GROUP, 2 * _GROUP + 3, length - 1):
+    for length in (3 * group, 3 * group + 5):
+        ids = tokens(model, length)
+        with training_with(model, settings):
+            before = logits(model, ids)
+            for position in sorted({1, group // 2, group, 2 * group + group // 4, length - 1}):
                 changed = ids.clone()
-                changed[0, position] = (changed[0, position] + 1) % model.get_input_embeddings().weight.shape[0]
-                worst = max(worst, (_logits(model, changed) - before)[:, :position].abs().max().item())
-        limit = _tolerance(before, model)
+                changed[0, position] = (changed[0, position] + 1) % vocabulary(model)
+                worst = max(worst, (logits(model, changed) - before)[:, :position].abs().max().item())
+        limit = tolerance(before, model)
     return worst <= limit, f"largest change before a changed token {worst:.2g}, limit {limit:.2g}"
 
 
-def _no_leak_with_other_settings(model: PreTrainedModel) -> tuple[bool, str]:
-    last = len(attention_modules(model)) - 1
-    settings: list[dict[str, Any]] = [{"shift": "layers"}, {"shift": "none"}, {"full_attention_layers": [0, last]}]
-    results = [_no_leak(model, **each) for each in settings]
+def _no_leak_with_other_settings(model: PreTrainedModel, settings: ProbeSettings) -> Outcome:
+    numbers = layer_numbers(attention_modules(model))
+    others: list[dict[str, Any]] = [
+        {"shift": "layers"},
+        {"shift": "none"},
+        {"full_attention_layers": [numbers[0], numbers[-1]]},
+    ]
+    results = [_no_leak(model, replace(settings, **each)) for each in others]
     return all(passed for passed, _ in results), next((text for passed, text in results if not passed), results[0][1])
 
 
-def _differs_from_full(model: PreTrainedModel) -> tuple[bool, str]:
-    ids = _tokens(model, 3 * _GROUP)
-    full = _logits(model, ids)
-    with _sparse(model):
-        found = (_logits(model, ids) - full).abs().max().item()
-    limit = _tolerance(full, model)
+def _differs_from_full(model: PreTrainedModel, settings: ProbeSettings) -> Outcome:
+    ids = tokens(model, 3 * settings.group_size)
+    full = _training_logits(model, None, ids)
+    found = (_training_logits(model, settings, ids) - full).abs().max().item()
+    limit = tolerance(full, model)
     return found > limit, f"sparse differs from full by {found:.2g}, must be more than {limit:.2g}"
 
 
-def _long_group_is_full(model: PreTrainedModel) -> tuple[bool, str]:
-    ids = _tokens(model, 2 * _GROUP - 1)
-    full = _logits(model, ids)
-    with _sparse(model, group_size=2 * _GROUP):
-        return _compare(model, full, _logits(model, ids))
+def _training_is_full(model: PreTrainedModel, settings: ProbeSettings) -> Outcome:
+    ids = tokens(model, 3 * settings.group_size + 1)
+    return _compare(model, _training_logits(model, None, ids), _training_logits(model, settings, ids))
 
 
-def _documents_are_isolated(model: PreTrainedModel) -> tuple[bool, str]:
-    with _sparse(model):
-        return _compare_packed(model)
+def _long_group_is_full(model: PreTrainedModel, settings: ProbeSettings) -> Outcome:
+    group = 2 * settings.group_size
+    ids = tokens(model, group - 1)
+    one_group = replace(settings, group_size=group)
+    return _compare(model, _training_logits(model, None, ids), _training_logits(model, one_group, ids))
 
 
-def _compare_packed(model: PreTrainedModel) -> tuple[bool, str]:
-    first, second = _tokens(model, 2 * _GROUP + 3, seed=1), _tokens(model, _GROUP + 7, seed=2)
-    packed = torch.cat([first, second], dim=1)
-    positions = torch.cat([torch.arange(first.shape[1]), torch.arange(second.shape[1])])[None].to(model.device)
-    alone = torch.cat([_logits(model, first), _logits(model, second)], dim=1)
-    return _compare(model, alone, _logits(model, packed, position_ids=positions))
+def _packed(model: PreTrainedModel, settings: ProbeSettings | None) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Two documents, both in one row, and their positions."""
+    group = (settings or _SMALL).group_size
+    documents = [tokens(model, 2 * group + 3, seed=1), tokens(model, group + 7, seed=2)]
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None].to(model.device)
+    return documents, torch.cat(documents, dim=1), positions
 
 
-def _padding_changes_nothing(model: PreTrainedModel) -> tuple[bool, str]:
-    long, short = _tokens(model, 2 * _GROUP + 9, seed=3), _tokens(model, _GROUP + 3, seed=4)
-    padded = torch.cat([short, short.new_zeros(1, long.shape[1] - short.shape[1])], dim=1)
-    mask = torch.ones(2, long.shape[1], dtype=torch.long, device=model.device)
-    mask[1, short.shape[1] :] = 0
-    with _sparse(model):
-        alone = _logits(model, short)
-        together = _logits(model, torch.cat([long, padded]), attention_mask=mask)
-        return _compare(model, alone, together[1:, : short.shape[1]])
+def _documents_are_isolated(model: PreTrainedModel, settings: ProbeSettings | None) -> Outcome:
+    documents, packed, positions = _packed(model, settings)
+    with training_with(model, settings):
+        alone = torch.cat([logits(model, document) for document in documents], dim=1)
+        return _compare(model, alone, logits(model, packed, position_ids=positions))
 
 
-def _evaluation_is_full(model: PreTrainedModel) -> tuple[bool, str]:
-    ids = _tokens(model, 3 * _GROUP + 1)
-    full = _logits(model, ids)
-    use_s2(model, group_size=_GROUP, sink_tokens=_SINKS)
-    return _compare(model, full, _logits(model.eval(), ids))
+def _padding_changes_nothing(model: PreTrainedModel, settings: ProbeSettings | None) -> Outcome:
+    group = (settings or _SMALL).group_size
+    # No group of the last document is cut, as long as its padding does not count.
+    rows = [tokens(model, 2 * group + 9, seed=3), tokens(model, group + 3, seed=4), tokens(model, group - 1, seed=5)]
+    ids = torch.zeros(len(rows), rows[0].shape[1], dtype=torch.long, device=model.device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : row.shape[1]], mask[index, : row.shape[1]] = row, 1
+    with training_with(model, settings):
+        alone = torch.cat([logits(model, row) for row in rows], dim=1)
+        return _compare(model, alone, logits(model, ids, attention_mask=mask)[mask.bool()][None])
 
 
-def _gradients(model: PreTrainedModel) -> tuple[bool, str]:
-    # Experts that no token chose and the like get no gradient with any attention.
-    full = {name for name, grad in _matrix_gradients(model).items() if bool((grad != 0).any())}
-    use_s2(model, group_size=_GROUP, sink_tokens=_SINKS)
-    sparse = _matrix_gradients(model)
-    finite = all(bool(torch.isfinite(grad).all()) for grad in sparse.values())
-    moving = sum(name in sparse and bool((sparse[name] != 0).any()) for name in full)
-    return (
-        finite and bool(full) and moving == len(full),
-        f"{moving} of {len(full)} weight matrices get a gradient, {'all' if finite else 'NOT all'} finite",
-    )
+def _evaluation_is_full(model: PreTrainedModel, settings: ProbeSettings) -> Outcome:
+    ids = tokens(model, 3 * settings.group_size + 1)
+    use_full(model)
+    full = logits(model.eval(), ids)
+    use_s2(model, **vars(settings))
+    return _compare(model, full, logits(model, ids))
 
 
-def _matrix_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Gradients of the loss of a training step by name, of all weight matrices that have one."""
-    ids = _tokens(model, 2 * _GROUP + 5)
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    matrices = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.ndim == 2}
-    model.train()
+def _bfloat16_is_exact(model: PreTrainedModel, settings: ProbeSettings) -> Outcome:
+    """Rounding may do to sparse attention what it does to full attention, on two packed documents."""
+    _, ids, positions = _packed(model, settings)
+
+    def rounding(exact: ProbeSettings | None, rounded: ProbeSettings | None) -> float:
+        expected = _training_logits(model, exact, ids, position_ids=positions)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            found = _training_logits(model, rounded, ids, position_ids=positions)
+        # Rounding sends a few tokens to other experts, which is a large error that says nothing of attention.
+        return (found - expected).abs().amax(-1).quantile(0.75).item()
+
     try:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        grads = torch.autograd.grad(loss, list(matrices.values()), allow_unused=True)
-    finally:
-        for parameter, before in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(before)
-    return {name: grad for name, grad in zip(matrices, grads, strict=True) if grad is not None}
+        full = rounding(None, None)
+    except RuntimeError as error:  # some mixtures of experts add float32 to bfloat16
+        return True, f"not compared: the model itself does not run under autocast ({str(error).splitlines()[0]})"
+    sparse = rounding(settings.for_float32(), settings)
+    limit = 3 * full + tolerance(_training_logits(model, None, ids), model)
+    return sparse <= limit, f"error of logits {sparse:.2g} (with full attention {full:.2g}), limit {limit:.2g}"

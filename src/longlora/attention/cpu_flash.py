@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longlora.attention.masks import window_mask
+from longlora.attention.masks import WindowMasks
 from longlora.attention.pattern import HeadSlice, Pattern, Run, head_slices, pattern_shift, runs
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -42,15 +42,11 @@ def cpu_flash_attention(
     bounds_B: Sequence[Sequence[int]],
     pattern: Pattern,
     *,
-    scaling: float | None = None,
+    scaling: float,
     sink_logits_H: Tensor | None = None,
 ) -> Tensor:
-    """Like `grouped_attention`, for tensors on the CPU, without dropout and soft cap; [B, T, H, D of the values]."""
-    if torch.is_autocast_enabled("cpu"):  # the kernel is called below the level at which autocast acts
-        dtype = torch.get_autocast_dtype("cpu")
-        q_BHTD, k_BKTD, v_BKTD = q_BHTD.to(dtype), k_BKTD.to(dtype), v_BKTD.to(dtype)
+    """Like `grouped_attention`, for tensors of one dtype on the CPU, without dropout and soft cap."""
     width, value_width = q_BHTD.shape[-1], v_BKTD.shape[-1]
-    scaling = width**-0.5 if scaling is None else scaling
     if width != value_width:  # the kernel wants one head dim; zeros change neither scores nor the outputs that are kept
         widest = max(width, value_width)
         q_BHTD, k_BKTD, v_BKTD = (F.pad(x, (0, widest - x.shape[-1])) for x in (q_BHTD, k_BKTD, v_BKTD))
@@ -147,11 +143,15 @@ def _pieces(bounds_B: Sequence[Sequence[int]], pattern: Pattern, slices: list[He
 def _calls(cut: list[Run]) -> list[tuple[Run, int]]:
     """Runs that are one call, with the distance between the starts of their segments.
 
-    The first segment joins the run of its size: the next one without a shift, the last one with it.
+    The first segment joins the run of its size: the next one without a shift, the last one with it. Blocks with a
+    history are a call each: all at once, the gradients of the keys they share would be held once for each block.
     """
+    if cut and cut[-1].history:
+        starts = [(run, start) for run in cut for start in range(run.start, run.stop, run.size)]
+        return [(Run(start, run.size, 1, history=run.history), run.size) for run, start in starts]
     calls = [(run, run.size) for run in cut]
     for place, other in enumerate(cut[1:], 1):
-        if cut[0].count == 1 and other.size == cut[0].size and not other.history:
+        if cut[0].count == 1 and other.size == cut[0].size:
             spread = other.count == 1 or other.start == cut[0].stop
             if spread:
                 joined = Run(0, other.size, other.count + 1, other.sinks)
@@ -168,10 +168,10 @@ class _PieceAttention(torch.autograd.Function):
         out_BTHD = q.new_zeros(B, T, H, D) if _has_gaps(pieces, q) else q.new_empty(B, T, H, D)
         out_BHTD = out_BTHD.transpose(1, 2)
         sums = []
-        masks: dict[int, Tensor] = {}
+        masks = WindowMasks()
         for piece in pieces:
             queries, keys, values = _inputs(piece, q, k, v)
-            mask = _mask(piece, q, masks)
+            mask = masks.get(piece.size, piece.history, q) if piece.history else None
             out_NXSD, sum_NXS = _forward(queries, keys, values, 0.0, mask is None, attn_mask=mask, scale=scaling)
             if sink_logits_H is not None:
                 more_NXS = torch.logaddexp(sum_NXS, _logits(piece, sink_logits_H, sum_NXS))
@@ -191,9 +191,9 @@ class _PieceAttention(torch.autograd.Function):
         q_grad = torch.zeros_like(q) if _has_gaps(ctx.pieces, q) else torch.empty_like(q)
         k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
         logits_grad = None if sink_logits_H is None else torch.zeros_like(sink_logits_H)
-        masks: dict[int, Tensor] = {}
+        masks = WindowMasks()
         for piece, sum_NXS in zip(ctx.pieces, sums, strict=True):
-            mask = _mask(piece, q, masks)
+            mask = masks.get(piece.size, piece.history, q) if piece.history else None
             grad_NXSD, out_NXSD = (piece.segments_with_zeros(piece.of_queries(x)) for x in (grad, out))
             grads = _backward(
                 grad_NXSD, *_inputs(piece, q, k, v), out_NXSD, sum_NXS, 0.0, mask is None,
@@ -209,15 +209,6 @@ class _PieceAttention(torch.autograd.Function):
                 first = piece.heads.query_start
                 logits_grad[first : first + piece.heads.query_heads] -= (share_NXS * delta_NXS).sum((0, 2))
         return q_grad, k_grad, v_grad, logits_grad, None, None
-
-
-def _mask(piece: _Piece, like: Tensor, made: dict[int, Tensor]) -> Tensor | None:
-    """The mask of a block with a history; None means causal. Blocks of a size share one."""
-    if not piece.history:
-        return None
-    if piece.size not in made:
-        made[piece.size] = window_mask(piece.size, piece.history, like)
-    return made[piece.size]
 
 
 def _inputs(piece: _Piece, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from longlora.attention.pattern import Pattern, S2Pattern, check_bounds, pattern_shift, shifted_heads
+from longlora.attention.layout import Layout
+from longlora.attention.pattern import S2Pattern, shifted_heads
 from longlora.errors import ModelError
 
 # The kernel's tiles are at most 128 wide. A list holds up to N blocks (the queries that see a sink token), for every
@@ -36,48 +37,34 @@ _SMALLEST_BLOCK, _MOST_BLOCKS = 128, 1024
 _SMALLEST_HEAD_DIM = 16
 # Lists get one of few widths: a new width is a new shape, for which the compiler may have to make a kernel.
 _WIDTH_STEP = 8
+# One is needed for each kind of call: one row or more, one grid or two, with sinks, capped, with gradients; and a few
+# until lengths are taken as variable. At torch's limit of 8 training would end with an error.
+_MOST_KERNELS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class FlexPlan:
     """What `flex_s2_attention` has to know about a batch and a pattern; made once and used by every layer."""
 
-    batch: int
-    tokens: int
-    query_heads: int
-    kv_heads: int
+    layout: Layout
     block_mask: BlockMask
 
 
-def flex_plan(
-    bounds_B: Sequence[Sequence[int]],
-    tokens: int,
-    query_heads: int,
-    kv_heads: int,
-    pattern: Pattern,
-    device: torch.device | str,
-    *,
-    block_size: int | None = None,
-) -> FlexPlan:
-    """Plan the attention of one batch for all layers with this pattern.
+def flex_plan(layout: Layout, *, block_size: int | None = None) -> FlexPlan:
+    """Plan the attention of one batch for all layers with this layout.
 
     Args:
-        bounds_B: for each row the document bounds, strictly increasing from 0; positions after the last are padding.
-        tokens: length of the rows, padding included.
-        query_heads, kv_heads: of a layer; the first must be a multiple of the second.
         block_size: queries and keys in a block of scores; by default 128, or more where that would make long lists.
-
-    Raises:
-        ModelError: the bounds are not increasing or leave the sequence.
     """
+    tokens, heads, device = layout.tokens, layout.query_heads, layout.device
     if block_size is None:
         block_size = _SMALLEST_BLOCK
         while tokens > block_size * _MOST_BLOCKS:
             block_size *= 2
-    seen = _seen_ranges(bounds_B, tokens, pattern)
+    seen = _seen_ranges(layout)
     grids = len(seen.first_GBT)
-    border = query_heads - shifted_heads(query_heads, pattern_shift(pattern))
-    grid_H = (torch.arange(query_heads) >= border if grids == 2 else torch.zeros(query_heads)).to(device, torch.int32)
+    border = heads - shifted_heads(heads, layout.shift)
+    grid_H = (torch.arange(heads) >= border if grids == 2 else torch.zeros(heads)).to(device, torch.int32)
     lists: dict[str, Any] = {}
     for name, x_GBN in _block_lists(seen, block_size).items():
         # One list serves all heads where they have one grid; else the kernel wants a list for each, contiguous.
@@ -89,7 +76,7 @@ def flex_plan(
         mask_mod=_mask_mod(seen.to(device), grid_H),
         **lists,
     )
-    return FlexPlan(len(bounds_B), tokens, query_heads, kv_heads, mask)
+    return FlexPlan(layout, mask)
 
 
 def flex_s2_attention(
@@ -116,10 +103,7 @@ def flex_s2_attention(
     Raises:
         ModelError: the tensors do not fit the plan, or the kernel does not take them.
     """
-    B, H, T, _ = q_BHTD.shape
-    given, planned = (B, T, H, k_BKTD.shape[1]), (plan.batch, plan.tokens, plan.query_heads, plan.kv_heads)
-    if given != planned:
-        raise ModelError(f"rows, tokens, query and key heads are {given}, planned were {planned}: plan every batch")
+    plan.layout.require(q_BHTD, k_BKTD)
     device = q_BHTD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -131,7 +115,7 @@ def flex_s2_attention(
         score_mod=None if softcap is None else _soft_cap(softcap, q_BHTD),
         block_mask=plan.block_mask,
         scale=scaling,
-        enable_gqa=k_BKTD.shape[1] != H,
+        enable_gqa=k_BKTD.shape[1] != q_BHTD.shape[1],
         return_aux=AuxRequest(lse=sink_logits_H is not None),
     )
     if sink_logits_H is not None:
@@ -150,7 +134,12 @@ def _kernel(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, **arguments: Any) ->
         raise ModelError(
             f"backend flex takes head dims from {_SMALLEST_HEAD_DIM} on, the tensors have {width}: use backend=grouped"
         )
-    return _compiled()(q_BHTD, k_BKTD, v_BKTD, **arguments)
+    return _run_compiled(q_BHTD, k_BKTD, v_BKTD, **arguments)
+
+
+def _run_compiled(*tensors: Tensor, **arguments: Any) -> Any:
+    with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
+        return _compiled()(*tensors, **arguments)
 
 
 @cache
@@ -202,11 +191,11 @@ def _mask_mod(seen: _SeenRanges, grid_H: Tensor) -> Callable[..., Tensor]:
     return sees
 
 
-def _seen_ranges(bounds_B: Sequence[Sequence[int]], tokens: int, pattern: Pattern) -> _SeenRanges:
+def _seen_ranges(layout: Layout) -> _SeenRanges:
     """On the CPU. One grid where all heads have the same, as they do where no document is longer than a group."""
+    tokens, pattern = layout.tokens, layout.pattern
     documents, lengths = [], []
-    for bounds in bounds_B:
-        check_bounds(bounds, tokens)
+    for bounds in layout.bounds_B:
         sizes = [stop - start for start, stop in pairwise(bounds)]
         repeats = torch.tensor([*sizes, tokens - sum(sizes)])
         documents.append(torch.tensor([*bounds[:-1], tokens]).repeat_interleave(repeats))
@@ -217,12 +206,12 @@ def _seen_ranges(bounds_B: Sequence[Sequence[int]], tokens: int, pattern: Patter
         first_BT = document_BT + (within_BT - pattern.size + 1).clamp_min(0)
         return _SeenRanges(first_BT.int()[None], document_BT.int(), None)
     group, split_BT = pattern.group_size, length_BT > pattern.group_size
-    offsets = {"none": [0], "all": [group // 2], "half": [0, group // 2]}[pattern.shift] if split_BT.any() else [0]
+    offsets = {"none": [0], "all": [group // 2], "half": [0, group // 2]}[layout.shift]
     first_GBT = torch.stack(
         [document_BT + split_BT * ((within_BT + offset) // group * group - offset).clamp_min(0) for offset in offsets]
     )
     sinks_stop_BT = document_BT + min(pattern.sink_tokens, tokens)
-    has_sinks = pattern.sink_tokens > 0 and bool(split_BT.any())
+    has_sinks = pattern.sink_tokens > 0 and layout.split
     return _SeenRanges(first_GBT.int(), document_BT.int(), sinks_stop_BT.int() if has_sinks else None)
 
 

@@ -1,6 +1,6 @@
 """Which layers of a model are sparse in training, and how: the layers' part of `use_s2`.
 
-In: a transformers model. Out: its attention modules and a pattern for each.
+In: a transformers model. Out: its attention modules, the numbers of their layers and a pattern for each.
 """
 
 from __future__ import annotations
@@ -8,26 +8,67 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from longlora.attention.pattern import FULL, S2Pattern
-from longlora.errors import ModelError
+from longlora.errors import ModelError, UnsupportedModelError
 
 Shift = Literal["heads", "layers", "none"]
 """Where groups are shifted by half: in half of the heads of each layer, in every other layer, or nowhere."""
 
 
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of `model` whose layers count: all of it, or the language model inside one of several modalities.
+
+    Raises:
+        UnsupportedModelError: there are several modalities, and no language model of their own config.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if text is model.config or model.config.is_encoder_decoder:
+        return model
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or decoder.config is not text:
+        raise UnsupportedModelError(
+            f"model type {model.config.model_type!r} has no language model apart from its other parts, so S2-Attn "
+            "cannot be used; choose a text model, or train with attention.pattern=full"
+        )
+    return decoder
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that ask transformers' AttentionInterface for their attention, in order of the layers."""
-    return [module for module in model.modules() if _dispatches(type(module))]
+    """The modules that ask transformers' AttentionInterface for their attention, in order of the layers.
+
+    Those of a vision or audio tower keep their own attention, and do not count.
+    """
+    return [module for module in text_decoder(model).modules() if dispatching_forward(type(module)) is not None]
 
 
-def _dispatches(kind: type[nn.Module]) -> bool:
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+def dispatching_forward(kind: type[nn.Module]) -> FunctionType | None:
+    """The code of an attention class that asks AttentionInterface, also where a subclass only adds to it."""
+    for each in kind.__mro__:
+        own = each.__dict__.get("forward")
+        forward = inspect.unwrap(own) if own is not None else None
+        if not isinstance(forward, FunctionType):
+            continue
+        if "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names:
+            return forward
+        if "super" not in forward.__code__.co_names:
+            return None
+    return None
+
+
+def layer_numbers(modules: Sequence[nn.Module]) -> list[int]:
+    """The number of each module's layer in the decoder, from 0, where other layers may have no attention.
+
+    Modules that do not know their layer (Zamba), or that share one (HRM), are counted instead.
+    """
+    numbers = [getattr(module, "layer_idx", None) for module in modules]
+    own = [number for number in numbers if isinstance(number, int) and number >= 0]
+    return own if len(set(own)) == len(modules) else list(range(len(modules)))
 
 
 def has_window(model: PreTrainedModel, module: nn.Module) -> bool:
@@ -53,41 +94,45 @@ def layer_patterns(
     """The pattern of each of `modules` in training; layers with a window keep that instead.
 
     Raises:
-        ModelError: `shift` is unknown, or `full` names a layer that is not there.
+        ModelError: `shift` is unknown, or `full` names a layer that is not there or has no attention.
     """
     if shift not in get_args(Shift):
         raise ModelError(f"shift={shift!r}: must be one of {', '.join(get_args(Shift))}")
-    count = len(modules)
-    chosen = range(count) if full == "all" else full
-    if outside := [index for index in chosen if not 0 <= index < count]:
-        raise ModelError(f"full_attention_layers={outside}: the model has attention layers 0 to {count - 1}")
+    numbers = layer_numbers(modules)
+    chosen = numbers if full == "all" else full
+    if outside := [layer for layer in chosen if layer not in numbers]:
+        raise ModelError(f"full_attention_layers={outside}: the model has attention in {_ranges(numbers)}")
     pattern = replace(pattern, shift="half" if shift == "heads" else "none")
     # With a shift between layers, every other layer that is sparse at all: those with a window do not count.
-    sparse = [index for index, module in enumerate(modules) if index not in chosen and not has_window(model, module)]
+    sparse = [
+        layer
+        for layer, module in zip(numbers, modules, strict=True)
+        if layer not in chosen and not has_window(model, module)
+    ]
     shifted = sparse[1::2] if shift == "layers" else []
     return [
-        FULL if index in chosen else replace(pattern, shift="all") if index in shifted else pattern
-        for index in range(count)
+        FULL if layer in chosen else replace(pattern, shift="all") if layer in shifted else pattern for layer in numbers
     ]
 
 
-def describe_layers(windows: Sequence[bool], patterns: Sequence[S2Pattern]) -> str:
+def describe_layers(numbers: Sequence[int], windows: Sequence[bool], patterns: Sequence[S2Pattern]) -> str:
     """One line for a person: which layers have which pattern in training.
 
-    >>> print(describe_layers([False, False, True], [S2Pattern(8, 2), FULL, S2Pattern(8, 2)]))
-    sparse in layer 0 (groups of 8, 2 sink tokens, shifted in half of the heads), full in layer 1, own window in layer 2
+    >>> print(describe_layers([0, 1, 3], [False, False, True], [S2Pattern(8, 2), FULL, S2Pattern(8, 2)]))
+    sparse in layer 0 (groups of 8, 2 sink tokens, shifted in half of the heads), full in layer 1, own window in layer 3
     """
-    window = [index for index, own in enumerate(windows) if own]
-    full = [index for index, own in enumerate(patterns) if own == FULL and index not in window]
-    sparse = [index for index in range(len(patterns)) if index not in (*window, *full)]
+    layers = list(zip(numbers, windows, patterns, strict=True))
+    window = [layer for layer, windowed, _ in layers if windowed]
+    full = [layer for layer, windowed, pattern in layers if pattern == FULL and not windowed]
+    sparse = [(layer, pattern) for layer, windowed, pattern in layers if pattern != FULL and not windowed]
     parts = []
     if sparse:
-        shifts = {patterns[index].shift for index in sparse}
+        shifts = {pattern.shift for _, pattern in sparse}
         where = "half of the heads" if "half" in shifts else "every other layer" if "all" in shifts else "no head"
-        own = patterns[sparse[0]]
+        own = sparse[0][1]
         parts.append(
-            f"sparse in {_ranges(sparse)} (groups of {own.group_size}, {own.sink_tokens} sink tokens, "
-            f"shifted in {where})"
+            f"sparse in {_ranges([layer for layer, _ in sparse])} (groups of {own.group_size}, "
+            f"{own.sink_tokens} sink tokens, shifted in {where})"
         )
     parts += [f"full in {_ranges(full)}"] if full else []
     parts += [f"own window in {_ranges(window)}"] if window else []

@@ -8,20 +8,19 @@ B batch, T tokens.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import Plans
+from longlora.attention.passes import AHEAD, CURRENT
 from longlora.errors import ModelError
 
-GENERATING: ContextVar[bool] = ContextVar("longlora_generating", default=False)
-"""Whether the forward pass that now makes its masks is generation by a model in training mode."""
-
+_OWN_ATTENTION = "train with the model's own attention, which longlora.use_full(model) brings back"
 # Steps from a query to the keys that are asked about in `LazyMask._require_known`; odd numbers of no particular kind.
 _PROBES = (-1, 2, 7, 61, 509, 4093, 32749)
 
@@ -33,19 +32,13 @@ class LazyMask:
         self._arguments = arguments
         self._full: dict[str, Any] = {}
         self.plans = Plans()
-        self._restarts_BT: Tensor | None = None
         # Kept, because a layer may be computed again in the backward pass, after another forward pass.
-        self.generating = GENERATING.get()
+        self._pass = CURRENT.get()
 
-    def learn_positions(self, positions: Tensor | None) -> None:
-        """Positions that reached a layer: where they restart, a document begins.
-
-        Some models (gpt-oss, OPT, AFMoE) do not give them to their mask, and none does beside a padding mask.
-        """
-        if self._restarts_BT is not None or positions is None:
-            return
-        if positions.ndim == 2 and positions.shape[1] == self._arguments["q_length"]:
-            self._restarts_BT = positions.diff(dim=1) != 1
+    @property
+    def full_pass(self) -> bool:
+        """Whether the forward pass is full attention in any mode of the model."""
+        return self._pass.full
 
     @property
     def window(self) -> int | None:
@@ -60,6 +53,16 @@ class LazyMask:
         if implementation not in self._full:
             self._full[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._arguments)
         return self._full[implementation]
+
+    @property
+    def contiguous(self) -> NoReturn:
+        """What `generate` with a static cache asks of a mask; only a model without `use_s2` gets here."""
+        raise ModelError(
+            "a static KV cache with s2_attn in the model's config alone: call longlora.use_s2(model), or "
+            "model.set_attn_implementation('sdpa') to generate"
+        )
+
+    ndim = contiguous  # an older transformers asks for this first
 
     @cached_property
     def bounds_B(self) -> list[list[int]]:
@@ -80,13 +83,15 @@ class LazyMask:
                 "pass no past_key_values, or call model.eval()"
             )
         if arguments.get("use_vmap"):
-            raise ModelError("the model adds a mask function of its own to the causal one, which S2-Attn does not know")
+            raise ModelError(
+                "the model adds a mask function of its own to the causal one (for images or a prefix), which S2-Attn "
+                f"does not know; {_OWN_ATTENTION}"
+            )
         positions = torch.arange(T, device=device)[None]
         cut_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
         cut_BT[:, 1:] = ~self._sees(positions[:, 1:], positions[:, :-1])
         self._require_known(cut_BT.cumsum(-1), positions)
-        if self._restarts_BT is not None:
-            cut_BT[:, 1:] |= self._restarts_BT
+        cut_BT |= self._told_BT(cut_BT)
         lengths = _lengths(arguments.get("attention_mask"), B, T)
         cuts_B: list[list[int]] = [[] for _ in range(B)]
         for row, position in cut_BT.nonzero().tolist():
@@ -95,6 +100,23 @@ class LazyMask:
             [0, *(cut for cut in cuts if cut < length), length] if length else [0]
             for cuts, length in zip(cuts_B, lengths, strict=True)
         ]
+
+    def _told_BT(self, cut_BT: Tensor) -> Tensor:
+        """Where the inputs of the model say that a document begins; of its mask function they need not be known.
+
+        Some models (gpt-oss, OPT, AFMoE) do not give positions to their mask, and none does beside a padding mask.
+        Positions that jump ahead are no new document here, though transformers takes them for one in the mask.
+        """
+        told_BT = torch.zeros_like(cut_BT)
+        known, T = self._pass, cut_BT.shape[1]
+        positions, numbers = known.position_ids, known.seq_idx
+        if positions is not None and positions.ndim == 2 and positions.shape[1] == T:
+            told_BT[:, 1:] |= positions.diff(dim=1) < 1
+        if numbers is not None and numbers.ndim == 2 and numbers.shape[1] == T:
+            told_BT[:, 1:] |= numbers.diff(dim=1) != 0
+        if known.cu_seq_lens is not None:
+            told_BT[:, _inner_bounds(known.cu_seq_lens.tolist(), *cut_BT.shape)] = True
+        return told_BT
 
     def _sees(self, query: Tensor, key: Tensor) -> Tensor:
         """What the mask function says of pairs of positions [1, n] -> [B, n]."""
@@ -114,13 +136,28 @@ class LazyMask:
         if torch.stack(wrong).any():
             raise ModelError(
                 "the model's mask is more than causal attention inside documents (for example a prefix that sees all "
-                "of itself), which S2-Attn does not know; train with attention.pattern=full"
+                f"of itself), which S2-Attn does not know; {_OWN_ATTENTION}"
             )
 
 
-def lazy_mask(**arguments: Any) -> LazyMask:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def lazy_mask(**arguments: Any) -> Any:
     """The mask function registered with transformers."""
+    if (implementation := AHEAD.get()) is not None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
     return LazyMask(arguments)
+
+
+def _inner_bounds(bounds: Sequence[int], batch: int, tokens: int) -> list[int]:
+    """Of document bounds as FlashAttention takes them, those between two tokens."""
+    if batch != 1:
+        raise ModelError(f"cu_seq_lens_q with {batch} rows: give one row of packed documents, or no cu_seq_lens_q")
+    if not bounds or bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
+        raise ModelError(
+            f"cu_seq_lens_q={str(bounds[:8])[:-1]}, ...]: must rise from 0 to the number of tokens, {tokens}; "
+            "give the bounds of all documents, padding among them"
+        )
+    return [bound for bound in bounds if 0 < bound < tokens]
 
 
 def _lengths(padding_mask: Tensor | None, batch: int, tokens: int) -> list[int]:
@@ -130,5 +167,8 @@ def _lengths(padding_mask: Tensor | None, batch: int, tokens: int) -> list[int]:
     lengths = padding_mask.sum(-1)
     expected = torch.arange(tokens, device=padding_mask.device)[None] < lengths[:, None]
     if not torch.equal(expected, padding_mask.bool()):
-        raise ModelError("attention_mask has padding before or between tokens: S2-Attn in training pads on the right")
+        raise ModelError(
+            "attention_mask has padding before or between tokens: S2-Attn in training pads on the right; "
+            "set tokenizer.padding_side='right'"
+        )
     return [int(length) for length in lengths.tolist()]

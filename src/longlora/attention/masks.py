@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 
-def window_mask(size: int, history: int, like: Tensor) -> Tensor:
-    """[size, size + history] in the dtype and on the device of `like`: 0 where a query sees a key, else -inf.
+def causal_mask(queries: int, keys: int, like: Tensor, *, history: int | None = None) -> Tensor:
+    """[queries, keys] in the dtype and on the device of `like`, for queries that are the last ones of the keys.
 
-    The first `history` keys stand before the block; a query sees itself and the `history` keys before it.
+    A query sees itself and all keys before it, or only `history` keys before it.
     """
-    seen = like.new_ones(size, size + history, dtype=torch.bool).triu().tril(history)
-    return like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    before = keys - queries
+    mask = like.new_full((queries, keys), -torch.inf).triu_(before + 1)
+    if history is not None:
+        mask += like.new_full((queries, keys), -torch.inf).tril_(before - history - 1)
+    return mask
 
 
-def causal_mask(size: int, like: Tensor) -> Tensor:
-    """[size, size] in the dtype and on the device of `like`."""
-    return like.new_full((size, size), -torch.inf).triu_(1)
+class WindowMasks:
+    """Masks of the blocks of one window, each made once: all blocks but the last of a document have one size."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def get(self, size: int, history: int, like: Tensor) -> Tensor:
+        """For `size` queries, and before them the `history` keys to which the window of the first reaches back."""
+        if size not in self._made:
+            self._made[size] = causal_mask(size, size + history, like, history=history)
+        return self._made[size]

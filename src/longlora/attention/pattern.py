@@ -76,9 +76,8 @@ FULL = S2Pattern(group_size=2**62, shift="none")
 class Run:
     """`count` neighbouring segments of `size` tokens from `start` on, causal inside.
 
-    Each segment sees the first `sinks` tokens of the document as well. With a `history` (one segment only) a query also
-    sees earlier keys: those less than `history` + 1 tokens before it. Positions count from the beginning of the
-    document.
+    Each segment sees the first `sinks` tokens of the document as well. With a `history` a query sees the `history` keys
+    before it, also those outside its segment, and no others. Positions count from the beginning of the document.
     """
 
     start: int
@@ -137,10 +136,12 @@ def _window_runs(length: int, window: int) -> list[Run]:
     """The first `window` tokens see all before them; what follows is cut into blocks with a history."""
     if window == 1:  # a token sees itself
         return [Run(0, 1, length)] if length else []
+    if length <= window:
+        return [Run(0, length, 1)] if length else []
     block = min(max(window // 2, _MIN_WINDOW_BLOCK), _MAX_WINDOW_BLOCK)
-    first = [Run(0, min(window, length), 1)] if length else []
-    later = range(window, length, block)
-    return first + [Run(start, min(block, length - start), 1, history=window - 1) for start in later]
+    count, rest = divmod(length - window, block)
+    blocks = [Run(window, block, count, history=window - 1), Run(length - rest, rest, 1, history=window - 1)]
+    return [Run(0, window, 1), *(run for run in blocks if run.size and run.count)]
 
 
 @dataclass(frozen=True)

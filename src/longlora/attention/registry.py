@@ -2,57 +2,55 @@
 
 Registering here puts ``"s2_attn"`` into transformers' AttentionInterface (the attention function) and its
 AttentionMaskInterface (the mask function, `lazy_mask.py`, which builds no mask but hands on what is known of one).
+A hook (`passes.py`) tells training from generation; `support.py` refuses what cannot be done.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import Backend, attend, choose_backend
-from longlora.attention.layers import Shift, attention_modules, describe_layers, has_window, layer_patterns
-from longlora.attention.lazy_mask import GENERATING, LazyMask, lazy_mask
-from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
+from longlora.attention.full import full_attention_forward
+from longlora.attention.layers import (
+    Shift,
+    attention_modules,
+    describe_layers,
+    has_window,
+    layer_numbers,
+    layer_patterns,
+    text_decoder,
+)
+from longlora.attention.lazy_mask import LazyMask, lazy_mask
+from longlora.attention.passes import CURRENT, unwatch_passes, watch_passes
+from longlora.attention.pattern import Pattern, S2Pattern, WindowPattern
 from longlora.attention.rolled import rolled_attention
-from longlora.errors import ModelError, UnsupportedModelError
+from longlora.attention.settings import SETTINGS, S2Settings, settings_of
+from longlora.attention.support import (
+    layer_choice,
+    require_backend,
+    require_computable,
+    require_supported,
+    require_whole_numbers,
+    transformers_model,
+)
+from longlora.errors import ModelError
+
+__all__ = [
+    "S2_ATTENTION",
+    "describe_attention",
+    "is_sparse",
+    "s2_attention_forward",
+    "settings_of",
+    "use_full",
+    "use_s2",
+]
 
 S2_ATTENTION = "s2_attn"
-_SETTINGS = "longlora_s2"
-_CACHE_HOOK = "longlora_cache_hook"
-# Layers of other kinds see chosen or compressed keys, and are refused.
-_LAYER_TYPES = {
-    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding",
-}  # fmt: skip
-# Arguments with which transformers asks an attention function for something S2-Attn does not compute.
-_UNSUPPORTED = {
-    "position_bias": "a learned position bias",
-    "indices": "sparse attention with learned indices",
-    "block_indices": "sparse attention with learned indices",
-    "sinks": "sinks of its own",
-    "head_mask": "a head mask",
-}
-
-
-@dataclass(frozen=True)
-class S2Settings:
-    """What `use_s2` leaves on each attention module."""
-
-    pattern: S2Pattern
-    """Of this layer in training, unless the layer has a window of its own."""
-    full_attention: str
-    """The implementation before `use_s2`: what evaluation uses and `use_full` brings back."""
-    backend: Backend
-    sparse_in_evaluation: bool
-    wraparound: bool
 
 
 def use_s2(
@@ -68,8 +66,16 @@ def use_s2(
 ) -> None:
     """Train `model` with shifted sparse attention; evaluation and generation stay full attention.
 
-    The sparse pattern acts while the model is in training mode (``model.train()``). The settings live on the model:
-    two models in one process may differ, and a deep copy keeps them. Layers with a sliding or chunked window keep it.
+    The sparse pattern acts while the model is in training mode (``model.train()``), also in passes without gradients;
+    in ``model.generate(...)`` attention is full in any mode. The settings live on the model: two models in one process
+    may differ, and a deep copy keeps them. Layers with a sliding or chunked window keep it, and so do the vision and
+    audio towers of models of several modalities.
+
+    A document begins where ``position_ids`` restart, ``seq_idx`` changes or ``cu_seq_lens_q`` says so. Positions that
+    skip ahead (0, 1, 2, 100, as in PoSE) begin one as well if there is no ``attention_mask``, because transformers
+    takes them for packed documents with any attention; beside an ``attention_mask`` they do not.
+
+    Call this before ``torch.compile``; attention then runs between the compiled graphs of each layer.
 
     Args:
         model: a transformers causal language model, or PEFT's wrapper of one.
@@ -77,9 +83,10 @@ def use_s2(
         sink_tokens: leading tokens of each document that all groups see; 0 is the paper's pattern.
         shift: ``heads`` shifts groups by half in the second half of the heads of each layer (the paper); ``layers`` in
             all heads of every other layer (paper, table 6); ``none`` never.
-        full_attention_layers: numbers of attention layers, from 0, that are trained with full attention; or ``all``.
+        full_attention_layers: numbers of decoder layers, from 0, that are trained with full attention; or ``all``.
         backend: ``grouped`` (any device), ``varlen`` or ``flex`` (CUDA); ``auto`` chooses and logs its choice.
-        sparse_in_evaluation: use the sparse pattern in evaluation mode too, where no KV cache is filled.
+        sparse_in_evaluation: use the sparse pattern in evaluation mode too. Passes that fill a KV cache
+            (``use_cache=True``, ``past_key_values``) are full attention all the same; others then fill none.
         wraparound: the paper's Algorithm 1 instead, for comparison only: it LEAKS future tokens into the first half
             group, and needs lengths that are multiples of `group_size` and one unpadded document a row.
 
@@ -87,53 +94,65 @@ def use_s2(
         ModelError: a value is out of range, the architecture does not dispatch through AttentionInterface, or it needs
             something that S2-Attn does not compute.
     """
+    require_whole_numbers(group_size=group_size, sink_tokens=sink_tokens)
+    chosen = layer_choice(full_attention_layers)
     pattern = S2Pattern(group_size, sink_tokens)
-    if wraparound and (sink_tokens or shift != "heads" or full_attention_layers):
+    if wraparound and (sink_tokens or shift != "heads" or chosen):
         raise ModelError(
             f"wraparound with sink_tokens={sink_tokens}, shift={shift} and "
-            f"full_attention_layers={full_attention_layers or None}: the paper's Algorithm 1 has none of them, "
+            f"full_attention_layers={chosen or None}: the paper's Algorithm 1 has none of them, "
             "set sink_tokens=0, shift=heads and no such layers"
         )
-    base = _transformers_model(model)
-    modules = attention_modules(base)
-    _require_supported(base, modules)
-    _require_backend(backend)
-    full_attention = _full_attention(base, modules)
-    patterns = layer_patterns(base, modules, pattern, shift, full_attention_layers)
+    base = transformers_model(model)
+    decoder, modules = text_decoder(base), attention_modules(base)
+    require_supported(base, decoder, modules)
+    require_backend(backend)
+    full_attention = _full_attention(decoder, modules)
+    patterns = layer_patterns(decoder, modules, pattern, shift, chosen)
     AttentionInterface.register(S2_ATTENTION, s2_attention_forward)
     AttentionMaskInterface.register(S2_ATTENTION, lazy_mask)
     for module, own in zip(modules, patterns, strict=True):
-        setattr(module, _SETTINGS, S2Settings(own, full_attention, backend, sparse_in_evaluation, wraparound))
-    base.set_attn_implementation(S2_ATTENTION)
-    decoder = base.base_model
-    if not hasattr(decoder, _CACHE_HOOK):
-        setattr(decoder, _CACHE_HOOK, decoder.register_forward_pre_hook(_no_cache_in_training, with_kwargs=True))
+        setattr(module, SETTINGS, S2Settings(own, full_attention, backend, sparse_in_evaluation, wraparound))
+    decoder.set_attn_implementation(S2_ATTENTION)
+    watch_passes(base, full_attention, sparse_in_evaluation=sparse_in_evaluation)
 
 
 def use_full(model: nn.Module) -> None:
     """Undo `use_s2`: the attention from before, in training as well. Does nothing to a model that is not sparse."""
-    base = _transformers_model(model)
-    modules = attention_modules(base)
-    if base.config._attn_implementation == S2_ATTENTION:
-        base.set_attn_implementation(_full_attention(base, modules))
+    base = transformers_model(model)
+    decoder, modules = text_decoder(base), attention_modules(base)
+    if decoder.config._attn_implementation == S2_ATTENTION:
+        decoder.set_attn_implementation(_full_attention(decoder, modules))
     for module in modules:
-        if hasattr(module, _SETTINGS):
-            delattr(module, _SETTINGS)
-    decoder = base.base_model
-    if hasattr(decoder, _CACHE_HOOK):
-        getattr(decoder, _CACHE_HOOK).remove()
-        delattr(decoder, _CACHE_HOOK)
+        vars(module).pop(SETTINGS, None)
+    unwatch_passes(base)
 
 
 def is_sparse(model: nn.Module) -> bool:
     """Whether a forward pass of `model` in its present mode would use the sparse pattern."""
-    base = _transformers_model(model)
-    if base.config._attn_implementation != S2_ATTENTION:
+    decoder = text_decoder(transformers_model(model, compiled=True))
+    if decoder.config._attn_implementation != S2_ATTENTION:
         return False
-    settings = [getattr(module, _SETTINGS) for module in attention_modules(base) if hasattr(module, _SETTINGS)]
-    return base.training or any(each.sparse_in_evaluation for each in settings)
+    settings = [getattr(module, SETTINGS) for module in attention_modules(decoder) if hasattr(module, SETTINGS)]
+    return decoder.training or any(each.sparse_in_evaluation for each in settings)
 
 
+def describe_attention(model: nn.Module) -> str:
+    """One line for a person: what attention does in training in each layer, and which backend computes it."""
+    decoder = text_decoder(transformers_model(model, compiled=True))
+    modules = attention_modules(decoder)
+    settings = [getattr(module, SETTINGS) for module in modules if hasattr(module, SETTINGS)]
+    if decoder.config._attn_implementation != S2_ATTENTION or not settings:
+        return f"full in all layers ({decoder.config._attn_implementation})"
+    weight = next(decoder.parameters())
+    backend = choose_backend(settings[0].backend, weight.device, weight.dtype)
+    windows = [has_window(decoder, module) for module in modules]
+    layers = describe_layers(layer_numbers(modules), windows, [own.pattern for own in settings])
+    return f"{layers}; backend {backend}"
+
+
+# Its document bounds are Python integers, of which each value would be a graph of its own.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def s2_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -157,20 +176,20 @@ def s2_attention_forward(
         ModelError: the module was not prepared by `use_s2`, or asks for something S2-Attn does not compute.
     """
     settings = settings_of(module)
-    generating = isinstance(attention_mask, LazyMask) and attention_mask.generating
-    in_training = module.training and not generating
-    if not in_training and not (settings.sparse_in_evaluation and query.shape[2] == key.shape[2]):
+    # `generate` with a static cache hands over tensors; those of other passes know which pass they were made for.
+    full_pass = attention_mask.full_pass if isinstance(attention_mask, LazyMask) else CURRENT.get().full
+    if full_pass or not (module.training or settings.sparse_in_evaluation):
         own = {name: value for name, value in (("softcap", softcap), ("s_aux", s_aux)) if value is not None}
-        return _full_attention_forward(
-            settings, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **own, **kwargs
-        )
+        return full_attention_forward(
+            settings.full_attention, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+            **own, **kwargs,
+        )  # fmt: skip
     if not isinstance(attention_mask, LazyMask):
         raise ModelError(
             "S2-Attn got a ready-made attention mask of type "
             f"{type(attention_mask).__name__}: pass a 2-D padding mask or position_ids instead"
         )
-    _require_computable(module, kwargs)
-    attention_mask.learn_positions(kwargs.get("position_ids"))
+    require_computable(module, kwargs)
     window = attention_mask.window
     if window is not None and window >= getattr(module.config, "max_position_embeddings", window + 1):
         window = None  # hides nothing: see `has_window`
@@ -181,48 +200,9 @@ def s2_attention_forward(
     output = attend(
         query, key, value, attention_mask.bounds_B, pattern, backend=settings.backend, scaling=scaling,
         dropout=dropout, softcap=softcap, sink_logits_H=s_aux, plans=attention_mask.plans,
+        full_attention=settings.full_attention,
     )  # fmt: skip
     return output, None
-
-
-def _full_attention_forward(
-    settings: S2Settings, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """What the model would compute without `use_s2`."""
-    implementation = settings.full_attention
-    if isinstance(mask, LazyMask):
-        mask = mask.full_for(implementation)
-    if implementation == "eager":  # each architecture has its own, in its own file, under no key
-        function = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        function = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function(_Named(module, implementation), query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
-
-
-class _Named:
-    """A module whose config names its full attention: flash functions look there for the kernel they shall load.
-
-    The config itself is shared by all layers, and by all threads of a server, so it is never changed for a call.
-    """
-
-    def __init__(self, module: nn.Module, implementation: str) -> None:
-        self._module = module
-        self.config = copy.copy(module.config)
-        vars(self.config)["_attn_implementation_internal"] = implementation
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _require_computable(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    asked = [meaning for name, meaning in _UNSUPPORTED.items() if kwargs.get(name) is not None]
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        asked.append("attention to later tokens")
-    if asked:
-        raise ModelError(
-            f"{type(module).__name__} has {' and '.join(asked)}, which S2-Attn does not compute; "
-            "train this model with attention.pattern=full"
-        )
 
 
 def _require_plain(bounds_B: list[list[int]], tokens: int, softcap: float | None, s_aux: Tensor | None) -> None:
@@ -232,97 +212,8 @@ def _require_plain(bounds_B: list[list[int]], tokens: int, softcap: float | None
         raise ModelError("wraparound computes no soft-capped scores and no learned sinks; turn it off for this model")
 
 
-def _no_cache_in_training(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """With a KV cache transformers ignores packed documents; training has no use for one.
-
-    A cache without gradients is generation, by somebody who did not call ``model.eval()``: full attention as ever.
-    """
-    cached = kwargs.get("past_key_values") is not None
-    generating = decoder.training and cached and not torch.is_grad_enabled()
-    GENERATING.set(generating)  # for the masks of this forward pass, which keep it
-    if decoder.training and not generating:
-        if cached:
-            raise ModelError("past_key_values in training: S2-Attn takes no KV cache there, or call model.eval()")
-        kwargs["use_cache"] = False
-    return args, kwargs
-
-
-def _require_supported(model: PreTrainedModel, modules: list[nn.Module]) -> None:
-    config = model.config.get_text_config(decoder=True)
-    kind = f"model type {config.model_type!r}"
-    if not modules or not model._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"{kind} does not dispatch through transformers' AttentionInterface, so S2-Attn cannot be used; "
-            "choose an architecture that does, or train with attention.pattern=full"
-        )
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{kind} is an encoder and a decoder, and S2-Attn is for decoders alone")
-    if getattr(config, "keep_window_size", None) is not None:  # Doge
-        raise UnsupportedModelError(
-            f"{kind} computes a mask from its values, which S2-Attn does not know; train it with attention.pattern=full"
-        )
-    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES):
-        raise UnsupportedModelError(
-            f"{kind} has layers of kind {', '.join(unknown)}, which S2-Attn does not compute; "
-            "train it with attention.pattern=full"
-        )
-    if all(has_window(model, module) for module in modules):
-        raise UnsupportedModelError(
-            f"all layers of {kind} have a window ({getattr(config, 'sliding_window', None)} tokens) and keep it, so "
-            "S2-Attn would change nothing; train it with attention.pattern=full"
-        )
-
-
-def _require_backend(backend: Backend) -> None:
-    """Refuse a backend that this machine lacks; what depends on the tensors is known when they come."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose_backend(backend, device, torch.bfloat16)
-
-
-def settings_of(module: nn.Module) -> S2Settings:
-    """What `use_s2` left on an attention module; `ModelError` in training if it did not."""
-    settings: S2Settings | None = getattr(module, _SETTINGS, None)
-    if settings is not None:
-        return settings
-    if not module.training:  # a fresh model of a config that says s2_attn, as trainers make for reference
-        own = "sdpa" if _supports_sdpa(type(module)) else "eager"
-        return S2Settings(FULL, own, "auto", sparse_in_evaluation=False, wraparound=False)
-    raise ModelError(f"{type(module).__name__} has no S2-Attn settings: call longlora.use_s2(model) first")
-
-
-def _supports_sdpa(kind: type[nn.Module]) -> bool:
-    """Whether the models of an attention class's own file can use scaled_dot_product_attention."""
-    models = [value for value in vars(sys.modules[kind.__module__]).values() if inspect.isclass(value)]
-    return all(getattr(model, "_supports_sdpa", True) for model in models if issubclass(model, PreTrainedModel))
-
-
-def describe_attention(model: nn.Module) -> str:
-    """One line for a person: what attention does in training in each layer, and which backend computes it."""
-    base = _transformers_model(model)
-    modules = attention_modules(base)
-    settings = [getattr(module, _SETTINGS) for module in modules if hasattr(module, _SETTINGS)]
-    if base.config._attn_implementation != S2_ATTENTION or not settings:
-        return f"full in all layers ({base.config._attn_implementation})"
-    weight = next(base.parameters())
-    backend = choose_backend(settings[0].backend, weight.device, weight.dtype)
-    windows = [has_window(base, module) for module in modules]
-    return f"{describe_layers(windows, [own.pattern for own in settings])}; backend {backend}"
-
-
-def _full_attention(model: PreTrainedModel, modules: list[nn.Module]) -> str:
-    """The full-attention implementation that `model` has, or had before `use_s2`."""
-    if model.config._attn_implementation != S2_ATTENTION:
-        return str(model.config._attn_implementation)
-    return next((getattr(m, _SETTINGS).full_attention for m in modules if hasattr(m, _SETTINGS)), "sdpa")
-
-
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    unwrap: Any = getattr(model, "get_base_model", None)
-    inner = unwrap() if unwrap is not None else model
-    if hasattr(inner, "_orig_mod"):
-        raise ModelError("the model is compiled already: call longlora.use_s2 before torch.compile")
-    if not isinstance(inner, PreTrainedModel):
-        raise ModelError(f"{type(model).__name__} is not a transformers model, nor PEFT's wrapper of one")
-    return inner
+def _full_attention(decoder: PreTrainedModel, modules: list[nn.Module]) -> str:
+    """The full-attention implementation that `decoder` has, or had before `use_s2`."""
+    if decoder.config._attn_implementation != S2_ATTENTION:
+        return str(decoder.config._attn_implementation)
+    return next((getattr(m, SETTINGS).full_attention for m in modules if hasattr(m, SETTINGS)), "sdpa")

@@ -1,122 +1,73 @@
 """Shifted sparse attention on CUDA by variable-length flash kernels: every segment is one sequence of one call.
 
 B batch, T tokens, R = B*T rows of the flattened batch, H query heads, K key/value heads, D head dim; h and k heads of
-a slice, N segments, Q rows of queries (those that are not padding), Y rows of keys, copies of sink tokens included.
+a slice, Q rows of queries (those that are not padding), Y rows of keys, copies of sink tokens included.
 
 The kernel takes separate lengths for queries and keys and aligns its causal mask to the bottom right, so the sink
 tokens of a document stand in front of the keys of its segments alone, without dummy queries. Without sinks and padding
-nothing is copied; keys and values are never repeated for grouped queries. What depends on document bounds is in the
-plan, which all layers with the same pattern share.
+no input is copied; with sinks each call gathers its own key/value heads once, Y rows. Keys and values are never
+repeated for grouped queries.
 
-UNVERIFIED ON HARDWARE: `_kernel` has not run on a GPU yet. The CPU tests check the index against the definition of the
-pattern and put an emulation of the kernel's contract in its place; tests/attention/test_backends_gpu.py awaits a GPU.
+The kernel is torch's own, or that of the flash-attn build (the package, or one from the kernels hub) which the model's
+full attention uses: load the model with ``attn_implementation="flash_attention_2"`` to have it, and with ``"sdpa"`` to
+have torch's. Which one it is, is logged.
+
+UNVERIFIED ON HARDWARE: no kernel has run on a GPU yet, neither torch's nor a flash-attn build's. The CPU tests check
+the index against the definition of the pattern, and all around the kernel with an emulation of its contract, under
+torch's and under flash-attn's signature; tests/attention/test_backends_gpu.py awaits a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longlora.attention.pattern import HeadSlice, Pattern, S2Pattern, check_bounds, head_slices, pattern_shift, runs
+from longlora.attention.layout import Layout
+from longlora.attention.pattern import HeadSlice, head_slices
+from longlora.attention.varlen_index import NO_WINDOW, VarlenIndex, varlen_index
 from longlora.errors import ModelError
 
 # What the flash kernels take: head dims that are multiples of 8, up to 256.
 _HEAD_DIM_STEP, _HEAD_DIM_LIMIT = 8, 256
-_NO_WINDOW = (-1, 0)
 
-
-@dataclass(frozen=True, eq=False)
-class SinkCopies:
-    """Where the copies of sink tokens are among the keys of a `VarlenIndex`: only their rows occur more than once."""
-
-    own_Q: Tensor
-    """For each query row the place of its own key."""
-    places: Tensor
-    """The places of the copies."""
-    rows: Tensor
-    """The rows of the flattened batch that were copied, each once."""
-    row_of_place: Tensor
-    """For each of `places` the position of its row in `rows`."""
-
-
-@dataclass(frozen=True, eq=False)
-class VarlenIndex:
-    """One grid of a whole batch: the segments, and the rows of the flattened batch that the kernel gets."""
-
-    cu_seqlens_q: Tensor
-    """int32 [N + 1]: segment n has the queries from cu_seqlens_q[n] to cu_seqlens_q[n + 1]."""
-    cu_seqlens_k: Tensor
-    """int32 [N + 1], of the keys. In a segment of q queries and k keys, query i sees key j if j <= i + k - q."""
-    max_q: int
-    max_k: int
-    window: tuple[int, int]
-    """How many keys before and after itself a query sees; -1 is no limit."""
-    query_rows: Tensor | None
-    """int64 [Q], the rows that are not padding; None where that is all of them."""
-    key_rows: Tensor | None
-    """int64 [Y], the rows of the keys in the order of the segments; None where that is all rows as they are."""
-    sinks: SinkCopies | None
-
-    def to(self, device: torch.device | str) -> VarlenIndex:
-        fields = _moved(vars(self), device)
-        if self.sinks is not None:
-            fields["sinks"] = SinkCopies(**_moved(vars(self.sinks), device))
-        return VarlenIndex(**fields)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class VarlenPlan:
     """What `varlen_attention` has to know about a batch and a pattern; made once and used by every layer."""
 
-    batch: int
-    tokens: int
-    query_heads: int
-    kv_heads: int
+    layout: Layout
     calls: tuple[tuple[HeadSlice, VarlenIndex], ...]
     """One call of the kernel each, in the order of the query heads; slices on one grid share the index."""
     flash: Callable[..., Any] | None
     """`flash_attn_varlen_func` of a flash-attn build; None for torch's own kernel."""
 
 
-def varlen_plan(
-    bounds_B: Sequence[Sequence[int]],
-    tokens: int,
-    query_heads: int,
-    kv_heads: int,
-    pattern: Pattern,
-    device: torch.device | str,
-    *,
-    implementation: str | None = None,
-) -> VarlenPlan:
-    """Plan the attention of one batch for all layers with this pattern.
+def varlen_plan(layout: Layout, full_attention: str | None = None) -> VarlenPlan:
+    """Plan the attention of one batch for all layers with this layout.
 
     Args:
-        bounds_B: for each row the document bounds, strictly increasing from 0; positions after the last are padding.
-        tokens: length of the rows, padding included.
-        query_heads, kv_heads: of a layer; the first must be a multiple of the second.
-        implementation: None for torch's own kernel, else a name under which transformers finds a flash-attn build:
-            "flash_attention_2", "flash_attention_3", or a repository of the kernels hub.
+        full_attention: transformers' name of the model's full attention. One that names a flash-attn build
+            ("flash_attention_2", "kernels-community/flash-attn2") has its kernel used, else it is torch's own.
 
     Raises:
-        ModelError: the bounds are not increasing or leave the sequence, or `implementation` cannot be loaded.
+        ModelError: the flash-attn build cannot be loaded.
     """
-    shift = pattern_shift(pattern)
-    if isinstance(pattern, S2Pattern) and _longest_document(bounds_B) <= pattern.group_size:
-        shift = "none"  # both grids are the same, so all heads go into one call
-    slices = head_slices(query_heads, kv_heads, shift)
+    slices = head_slices(layout.query_heads, layout.kv_heads, layout.shift)
     grids = {
-        shifted: varlen_index(bounds_B, tokens, pattern, shifted=shifted).to(device)
+        shifted: varlen_index(layout, shifted=shifted).to(layout.device)
         for shifted in {piece.shifted for piece in slices}
     }
     calls = tuple((piece, grids[piece.shifted]) for piece in slices)
-    flash = None if implementation is None else _load_flash(implementation)
-    return VarlenPlan(len(bounds_B), tokens, query_heads, kv_heads, calls, flash)
+    return VarlenPlan(layout, calls, _flash_kernel(full_attention))
 
 
 def varlen_attention(
@@ -136,9 +87,7 @@ def varlen_attention(
         ModelError: the tensors do not fit the plan, or the kernel does not take them.
     """
     B, H, T, D = q_BHTD.shape
-    given, planned = (B, T, H, k_BKTD.shape[1]), (plan.batch, plan.tokens, plan.query_heads, plan.kv_heads)
-    if given != planned:
-        raise ModelError(f"rows, tokens, query and key heads are {given}, planned were {planned}: plan every batch")
+    plan.layout.require(q_BHTD, k_BKTD)
     value_width = v_BKTD.shape[-1]
     scaling = D**-0.5 if scaling is None else scaling
     pieces = [piece for piece, _ in plan.calls]
@@ -160,37 +109,6 @@ def varlen_attention(
     return out_RHD.unflatten(0, (B, T))
 
 
-def varlen_index(bounds_B: Sequence[Sequence[int]], tokens: int, pattern: Pattern, *, shifted: bool) -> VarlenIndex:
-    """The index of one grid, on the CPU. The cuts between documents and those between groups are the same to it.
-
-    Raises:
-        ModelError: the bounds are not increasing or leave the sequence.
-    """
-    document_N, start_N, size_N, sinks_N = _segments(bounds_B, tokens, pattern, shifted)
-    keys_N = sinks_N + size_N
-    query_rows = key_rows = _ranges(start_N, size_N)
-    sinks = None
-    if sinks_N.any():
-        # Of each segment the sink tokens, then its own: two ranges of rows.
-        key_rows = _ranges(_interleave(document_N, start_N), _interleave(sinks_N, size_N))
-        first_key_N = keys_N.cumsum(0) - keys_N
-        places = _ranges(first_key_N, sinks_N)
-        rows, row_of_place = key_rows[places].unique(return_inverse=True)
-        sinks = SinkCopies(_ranges(first_key_N + sinks_N, size_N), places, rows, row_of_place)
-    all_rows = len(query_rows) == len(bounds_B) * tokens
-    max_k = max(keys_N.tolist(), default=0)
-    return VarlenIndex(
-        cu_seqlens_q=_cumulative(size_N),
-        cu_seqlens_k=_cumulative(keys_N),
-        max_q=max(size_N.tolist(), default=0),
-        max_k=max_k,
-        window=_NO_WINDOW if isinstance(pattern, S2Pattern) or pattern.size >= max_k else (pattern.size - 1, 0),
-        query_rows=None if all_rows else query_rows,
-        key_rows=None if all_rows and sinks is None else key_rows,
-        sinks=sinks,
-    )
-
-
 def _kernel(
     q_QhD: Tensor, k_YkD: Tensor, v_YkD: Tensor, index: VarlenIndex, scaling: float, flash: Callable[..., Any] | None
 ) -> Tensor:
@@ -205,7 +123,7 @@ def _kernel(
             scale=scaling, window_size=index.window, enable_gqa=True,
         )  # fmt: skip
     else:
-        window = {} if index.window == _NO_WINDOW else {"window_size": index.window}
+        window = {} if index.window == NO_WINDOW else {"window_size": index.window}
         result = flash(
             q_QhD, k_YkD, v_YkD, cu_seqlens_q=index.cu_seqlens_q, cu_seqlens_k=index.cu_seqlens_k,
             max_seqlen_q=index.max_q, max_seqlen_k=index.max_k, softmax_scale=scaling, causal=True, **window,
@@ -229,19 +147,33 @@ def _check_tensors(*tensors: Tensor) -> None:
         )
 
 
-def _load_flash(implementation: str) -> Callable[..., Any]:
+def _flash_kernel(full_attention: str | None) -> Callable[..., Any] | None:
+    """`flash_attn_varlen_func` of the flash-attn build that transformers knows by this name; None for torch's own."""
+    if full_attention is None or "flash" not in full_attention:  # transformers tells them by the same word
+        _log_kernel("torch.nn.attention.varlen")
+        return None
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
     try:
-        varlen = lazy_import_flash_attention(implementation)[0][1]
+        kernel = lazy_import_flash_attention(full_attention)[0][1]
     except Exception as error:  # a missing package, a hub that does not answer, a binary for another torch
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"attention kernel {implementation!r} cannot be loaded ({reason}): install it, or use torch's own kernel"
+            f"attention kernel {full_attention!r} cannot be loaded ({reason}): install it, or load the model with "
+            "attn_implementation='sdpa' for torch's own kernel"
         ) from error
-    if varlen is None:
-        raise ModelError(f"attention kernel {implementation!r} has no varlen function: use torch's own kernel")
-    return varlen
+    if kernel is None:
+        raise ModelError(
+            f"attention kernel {full_attention!r} has no varlen function: load the model with "
+            "attn_implementation='sdpa' for torch's own kernel"
+        )
+    _log_kernel(f"flash_attn_varlen_func of {full_attention}")
+    return kernel
+
+
+@cache
+def _log_kernel(kernel: str) -> None:
+    _log.info("S2-Attn varlen kernel: %s", kernel)
 
 
 def _flat_rows(*tensors_BXTD: Tensor) -> list[Tensor]:
@@ -298,47 +230,3 @@ class _RowsWithSinks(torch.autograd.Function):
         copies = grad_YkD.index_select(0, sinks.places).to(torch.promote_types(grad_YkD.dtype, torch.float32))
         sums = total_RkD.index_select(0, sinks.rows).to(copies.dtype).index_add_(0, sinks.row_of_place, copies)
         return total_RkD.index_copy_(0, sinks.rows, sums.to(grad_YkD.dtype)), None
-
-
-def _segments(
-    bounds_B: Sequence[Sequence[int]], tokens: int, pattern: Pattern, shifted: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each segment the first row of its document, its own first row, its size and its sinks; int64 [N] each."""
-    cut: list[tuple[int, int, int, int, int]] = []
-    for row, bounds in enumerate(bounds_B):
-        check_bounds(bounds, tokens)
-        for begin, end in pairwise(bounds):
-            document = row * tokens + begin
-            if isinstance(pattern, S2Pattern):
-                found = runs(end - begin, pattern, shifted=shifted)
-                cut += [(document, document + run.start, run.size, run.sinks, run.count) for run in found]
-            else:
-                cut.append((document, document, end - begin, 0, 1))  # the kernel has its own window
-    counts = torch.tensor([count for *_, count in cut], dtype=torch.int64)
-    of_runs = torch.tensor(cut, dtype=torch.int64).reshape(-1, 5)
-    document_N, start_N, size_N, sinks_N, _ = of_runs.repeat_interleave(counts, dim=0).unbind(1)
-    within_run_N = _ranges(torch.zeros_like(counts), counts)
-    return document_N, start_N + within_run_N * size_N, size_N, sinks_N
-
-
-def _ranges(starts_N: Tensor, sizes_N: Tensor) -> Tensor:
-    """start, start + 1, ..., start + size - 1 of every pair, one after the other."""
-    before_N = sizes_N.cumsum(0) - sizes_N
-    shifts = (starts_N - before_N).repeat_interleave(sizes_N)
-    return shifts + torch.arange(len(shifts))
-
-
-def _interleave(first_N: Tensor, second_N: Tensor) -> Tensor:
-    return torch.stack([first_N, second_N], dim=1).flatten()
-
-
-def _cumulative(sizes_N: Tensor) -> Tensor:
-    return F.pad(sizes_N.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _longest_document(bounds_B: Sequence[Sequence[int]]) -> int:
-    return max((stop - start for bounds in bounds_B for start, stop in pairwise(bounds)), default=0)
-
-
-def _moved(fields: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}

@@ -14,9 +14,9 @@ import warnings
 
 import typer
 
-from longlora.cli import check, measure, plan, prepare, quickstart, train
+from longlora.cli import bench, check, measure, plan, prepare, quickstart, train
 from longlora.errors import LongLoraError
-from longlora.memory.allocator import keep_freed_memory
+from longlora.memory.allocator import keep_freed_memory, use_huge_pages
 
 _INTERRUPTED = 130
 _OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _module in (quickstart, plan, prepare, train, measure, check):
+for _module in (quickstart, plan, prepare, train, measure, check, bench):
     _module.add_to(app)
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     _quiet_libraries()
+    use_huge_pages()
     keep_freed_memory()
     try:
         app()

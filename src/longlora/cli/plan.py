@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
 from longlora.errors import PlanError
+from longlora.planning.levers import written
 
 if TYPE_CHECKING:
     from longlora.planning.plan import Plan
@@ -137,8 +137,7 @@ def _fit(made: Plan) -> str:
     assert made.fit is not None
     line = f"longest context that fits: {made.fit.as_it_is:,} tokens"
     if made.fit.levers:
-        levers = " ".join(f"{key}={json.dumps(value)}" for key, value in made.fit.levers.items())
-        line += f"; {made.fit.with_levers:,} with {levers}"
+        line += f"; {made.fit.with_levers:,} with {written(made.fit.levers)}"
     return line
 
 

@@ -31,6 +31,9 @@ def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Go on from the newest whole checkpoint."""
     resolved = read_recipe(recipe, overrides)
     saved = read_recipe(RunFolder(resolved.run_path).root, None)
+    from longlora.planning.settle import adopt_levers
+
+    resolved = adopt_levers(resolved, saved)
     for section in ("model", "context", "attention", "adapter", "data", "train"):
         now, then = getattr(resolved, section), getattr(saved, section)
         if section == "train":

@@ -1,4 +1,7 @@
-"""The part of the self-check that is about weights: train, save, reload, merge and read back must agree."""
+"""The parts of the self-check that are about a recipe and about weights.
+
+The switch to full attention at the end of training; train, save, reload, merge and read back must agree.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,53 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from longlora.artifacts import write_manifest
 from longlora.attention.check import CheckResult
+from longlora.attention.probing import ProbeSettings, as_it_was, logits, tokens, tolerance, without_noise
 from longlora.config import AdapterConfig, AttentionConfig, ModelConfig
 from longlora.errors import LongLoraError
 from longlora.model.adapters import add_adapter
+from longlora.model.attention import apply_attention, s2_arguments
 from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
 from longlora.model.merge import merge_adapter
 from longlora.model.rope import current_context, rescale_rope
 from longlora.model.sidecar import Sidecar, write_sidecar
+
+
+def probe_settings(attention: AttentionConfig, context_length: int) -> ProbeSettings:
+    """The attention section of a recipe for the checks: its own settings, on groups of some tokens."""
+    return ProbeSettings(**s2_arguments(attention, context_length)).scaled_down()
+
+
+def check_full_phase(model: PreTrainedModel, attention: AttentionConfig, context_length: int) -> CheckResult:
+    """Switch as training does: sparse, then full in every layer, and back, as a resumed run with more steps may."""
+    name = "the final phase of training is full attention"
+    small = probe_settings(attention, context_length).for_float32()
+    changes = {"group_size": small.group_size, "group_size_ratio": None, "sink_tokens": small.sink_tokens}
+    settings = attention.model_copy(update={**changes, "backend": small.backend})
+    ids = tokens(model, 3 * small.group_size + 1)
+
+    def trained(*, full: bool) -> Tensor:
+        apply_attention(model, settings, context_length, full=full)
+        return logits(model, ids)
+
+    with as_it_was(model), without_noise(model):
+        try:
+            expected = logits(model.train(), ids)
+            sparse, full, again = trained(full=False), trained(full=True), trained(full=False)
+        except LongLoraError as error:
+            return CheckResult(name, False, str(error))
+    limit = tolerance(expected, model)
+    off, back = (full - expected).abs().max().item(), (again - sparse).abs().max().item()
+    return CheckResult(
+        name,
+        max(off, back) <= limit,
+        f"after the switch it differs from full attention by {off:.2g}, after that back from sparse by {back:.2g}, "
+        f"limit {limit:.2g}",
+    )
 
 
 def check_merge(model: ModelConfig) -> CheckResult:

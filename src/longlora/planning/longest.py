@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from longlora.config import Recipe, build_recipe
+from longlora.config import Recipe
 from longlora.errors import LongLoraError
+from longlora.planning.levers import levers, with_settings, written
 from longlora.planning.machines import Machine
-from longlora.planning.memory import peak_memory
+from longlora.planning.memory import Memory, peak_memory
 from longlora.planning.outline import Outline, outline
 from longlora.planning.rehearsal import Rehearsal, at_context, rehearse_line
 
-# Settings that save memory, those that cost least time first; the last column: CUDA only.
-_LEVERS: tuple[tuple[str, Any, bool], ...] = (
-    ("train.loss_chunk_tokens", 256, False),
-    ("train.micro_batch_size", 1, False),
-    ("train.activation_checkpointing", True, False),
-    ("train.activation_checkpointing_every", 1, False),
-    ("train.mlp_tile_tokens", 2048, False),
-    ("train.optimizer", "adamw_8bit", True),
-    ("train.activation_offload", True, True),
-    ("model.quantization", "nf4", True),
-)
-# Those of them that memory.py counts, so that a step need not be rehearsed with them.
+# Levers that memory.py counts, so that a step need not be rehearsed with them.
 _COUNTED = {"train.optimizer": "adamw", "train.activation_offload": False, "model.quantization": "none"}
 _LONGEST = 2**24
 _UNIT = 256
@@ -52,37 +41,38 @@ def longest_context(recipe: Recipe, config: PreTrainedConfig, machine: Machine) 
     """
     search = _Search(config, machine)
     as_it_is = best = search.longest(recipe)
-    levers: dict[str, Any] = {}
-    for key, value in _missing(recipe, machine):
+    pulled: dict[str, Any] = {}
+    for lever in levers(recipe, cuda=machine.cuda):
         if best >= recipe.context.context_length:
             break
+        if not lever.automatic:
+            continue
         try:
-            tried = search.longest(with_settings(recipe, levers | {key: value}))
+            tried = search.longest(with_settings(recipe, pulled | lever.settings))
         except LongLoraError:  # a lever that this model does not have
             continue
         if tried > best:
-            best, levers = tried, levers | {key: value}
-    return Fit(as_it_is, best, levers)
+            best, pulled = tried, pulled | lever.settings
+    return Fit(as_it_is, best, pulled)
 
 
-def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """`recipe` with dotted settings changed."""
-    return build_recipe(recipe.model_dump(), [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+def does_not_fit(context_length: int, memory: Memory, machine: str, available: int, fit: Fit | None) -> str:
+    """One line for a context that needs more than the `available` bytes: by how much, the largest part, what to do."""
+    problem = (
+        f"context.context_length={context_length} needs {memory.peak / 1e9:.1f} GB and {machine} has "
+        f"{available / 1e9:.1f} GB (most: {memory.largest}, {max(memory.parts.values()) / 1e9:.1f} GB)"
+    )
+    return f"{problem}: {_remedy(context_length, fit)}"
 
 
-def _missing(recipe: Recipe, machine: Machine) -> list[tuple[str, Any]]:
-    """Levers that the recipe does not pull already."""
-    values = recipe.model_dump()
-    missing = []
-    for key, value, needs_cuda in _LEVERS:
-        if needs_cuda and not machine.cuda:
-            continue
-        section, name = key.split(".")
-        now = values[section][name]
-        pulled = now == value or (type(now) is type(value) is int and now < value)
-        if not pulled and not (isinstance(now, str) and now not in ("none", "adamw")):
-            missing.append((key, value))
-    return missing
+def _remedy(context_length: int, fit: Fit | None) -> str:
+    if fit is None or not fit.with_levers:
+        return "not even the shortest context fits: take a machine with more memory or a smaller model"
+    if fit.with_levers >= context_length:
+        return f"set {written(fit.levers)}, with which {fit.with_levers} tokens fit (as it is: {fit.as_it_is})"
+    if not fit.levers:
+        return f"at most {fit.as_it_is} tokens fit, with every lever already set: take more memory"
+    return f"at most {fit.as_it_is} tokens fit as it is, {fit.with_levers} with {written(fit.levers)}"
 
 
 class _Search:

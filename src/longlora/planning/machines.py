@@ -20,9 +20,8 @@ _SCORE_UTILISATION = 0.68
 _CUDA_CONTEXT = 600 * 2**20
 _GPU_ALLOCATOR = 0.05
 _CPU_PROCESS = 520 * 2**20
-# glibc with `keep_freed_memory`: 0.6 to 1.7 of the live tensors were measured, because small blocks pin the holes that
-# large ones leave. Without it (M_MMAP_THRESHOLD of 1 MB) next to nothing, and a third more CPU time.
-_CPU_ALLOCATOR = 1.0
+# With freed memory given back: see `longlora.memory.allocator`. A run for which that is tight does give it back.
+_CPU_ALLOCATOR = 0.03
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,21 @@ def gpu(name: str, count: int = 1) -> Machine:
 
 
 def this_machine() -> Machine:
-    """The present CPU with its free memory; its rates are guesses until `calibrate` measured them."""
+    """The present GPU or CPU with its free memory; its rates are guesses until `calibrate` measured them."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        guess = 100e12
+        return Machine(
+            name=torch.cuda.get_device_name(),
+            memory_bytes=free,
+            linear_flops=guess * _UTILISATION,
+            score_flops=guess * _SCORE_UTILISATION,
+            head_flops=guess * _UTILISATION,
+            bandwidth=1e12,
+            process_bytes=0,  # what is free is counted with a CUDA context in place
+            allocator_share=_GPU_ALLOCATOR,
+            basis="not measured",
+        )
     cores = torch.get_num_threads()
     guess = 20e9 * cores
     return Machine(

@@ -17,7 +17,7 @@ from longlora.errors import PlanError
 from longlora.model.attention import full_attention_steps
 from longlora.model.rope import rescale_for
 from longlora.planning.flops import Flops, StepFlops, forward_flops, step_flops
-from longlora.planning.longest import Fit, longest_context
+from longlora.planning.longest import Fit, does_not_fit, longest_context
 from longlora.planning.machines import Machine
 from longlora.planning.memory import Memory, peak_memory
 from longlora.planning.outline import Outline, outline
@@ -181,26 +181,8 @@ def step_time(flops: StepFlops, model: Outline, machine: Machine) -> StepTime:
 
 def require_fits(plan: Plan) -> None:
     """Raise `PlanError`, with the longest context that fits and the levers it takes, unless the plan fits."""
-    if plan.fits:
-        return
-    needs, has = (f"{value / 1e9:.1f} GB" for value in (plan.memory.peak, plan.memory_available))
-    problem = (
-        f"context.context_length={plan.context_length} needs {needs} and {plan.machine} has {has} "
-        f"(most: {plan.memory.largest}, {plan.memory.parts[plan.memory.largest.replace(' ', '_')] / 1e9:.1f} GB)"
-    )
-    raise PlanError(f"{problem}: {_remedy(plan)}")
-
-
-def _remedy(plan: Plan) -> str:
-    fit = plan.fit
-    if fit is None or not fit.with_levers:
-        return "not even the shortest context fits: take a machine with more memory or a smaller model"
-    levers = " ".join(f"{key}={json.dumps(value)}" for key, value in fit.levers.items())
-    if fit.with_levers >= plan.context_length:
-        return f"set {levers}, with which {fit.with_levers} tokens fit (as it is: {fit.as_it_is})"
-    if not levers:
-        return f"at most {fit.as_it_is} tokens fit, with every lever already set: take more memory"
-    return f"at most {fit.as_it_is} tokens fit as it is, {fit.with_levers} with {levers}"
+    if not plan.fits:
+        raise PlanError(does_not_fit(plan.context_length, plan.memory, plan.machine, plan.memory_available, plan.fit))
 
 
 def _hours(recipe: Recipe, config: PreTrainedConfig, model: Outline, machine: Machine) -> float:

@@ -230,9 +230,6 @@ class _WholeRows(LazyMask):
         lambda self: [[0, self._arguments["q_length"]]] * self._arguments["batch_size"]
     )
 
-    def learn_positions(self, positions: Tensor | None) -> None:
-        """Nothing: they are fake."""
-
 
 def _whole_rows(**arguments: Any) -> LazyMask:
     return _WholeRows(arguments)

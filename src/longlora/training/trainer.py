@@ -17,25 +17,29 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from longlora.artifacts import RunFolder, new_folder, write_atomic, write_manifest
 from longlora.attention.check import keeps_documents_apart
 from longlora.attention.registry import use_full
-from longlora.config import Recipe, dump_recipe
+from longlora.config import Recipe, dump_recipe, load_recipe
 from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import TokenShard, open_shard
 from longlora.errors import ModelError, RunFolderError
+from longlora.memory.allocator import KEPT_GROWTH, return_freed_memory
 from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss
-from longlora.memory.out_of_memory import explain_out_of_memory, is_out_of_memory
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
 from longlora.model.build import device_for_run, load_config, load_for_training, load_tokenizer, tokenizer_hash
 from longlora.model.head import hidden_states, output_head
 from longlora.model.levers import OPTIMIZERS, apply_memory_levers, check_levers
 from longlora.model.rope import rescale_for
 from longlora.model.sidecar import Sidecar, write_sidecar
-from longlora.training.attention_schedule import AttentionSchedule
+from longlora.planning.machines import this_machine
+from longlora.planning.memory import Memory
+from longlora.planning.out_of_memory import explain_out_of_memory, is_out_of_memory
+from longlora.planning.settle import adopt_levers, settle_memory
+from longlora.training.attention_schedule import AttentionSchedule, moved_full_phase
 from longlora.training.checkpoint import checkpoint_step, complete_checkpoint, newest_checkpoint
 from longlora.training.metrics import MetricsCallback
 
@@ -50,12 +54,18 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     """
     run = RunFolder(recipe.run_path)
     checkpoint = _resume_from(run, console) if resume else None
-    if not resume:
+    if checkpoint is not None:
+        saved = load_recipe(run.recipe)
+        recipe = adopt_levers(recipe, saved)
+        if moved := moved_full_phase(saved, recipe, checkpoint_step(checkpoint)):
+            console.print(moved, highlight=False)
+    else:
         run.require_unused()
     device = device_for_run()
     check_levers(recipe, device)
     set_seed(recipe.train.seed)
     config, change = rescale_for(recipe, load_config(recipe.model))
+    recipe, memory = _settle(recipe, config, console)
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256)
@@ -91,7 +101,8 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise ModelError(explain_out_of_memory(error, model, recipe, trainer.state.global_step + 1)) from error
+            step = trainer.state.global_step + 1
+            raise ModelError(explain_out_of_memory(error, recipe, memory, device, step)) from error
         finally:
             metrics.close()
     use_full(model)
@@ -100,6 +111,18 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
         write_sidecar(folder, sidecar)
         write_manifest(folder, schema=1, step=recipe.train.steps)
     return run.adapter
+
+
+def _settle(recipe: Recipe, config: PreTrainedConfig, console: Console) -> tuple[Recipe, Memory | None]:
+    """The recipe with its memory levers, and what it is planned to take; a run that does not fit is refused here."""
+    machine = this_machine()
+    settled = settle_memory(recipe, config, machine)
+    if settled.line:
+        console.print(settled.line, highlight=False)
+    tight = settled.memory is not None and KEPT_GROWTH * settled.memory.peak > machine.memory_bytes
+    if tight and not machine.cuda and return_freed_memory():
+        console.print("memory is short: what is freed goes back to the system at once, which takes time")
+    return settled.recipe, settled.memory
 
 
 def _trainable(base: PreTrainedModel, recipe: Recipe, shard: TokenShard) -> PeftModel:

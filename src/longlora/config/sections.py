@@ -1,29 +1,22 @@
-"""The recipe: every setting of a run, read from one YAML file plus dotted overrides.
+"""The sections of a recipe: their keys, limits and defaults.
 
-In: a YAML file and strings such as ``train.steps=20``. Out: a frozen, validated `Recipe`.
-This module imports neither torch nor transformers, so that a wrong key is reported at once.
+The string below a field says what it means; docs/make_cli.py prints it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from longlora.errors import RecipeError
-from longlora.hints import explain
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Settings that belong together; an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is extended."""
 
     name_or_path: str
@@ -39,7 +32,7 @@ class ModelConfig(_Section):
     """Tokens the base model was trained for. Needed only where its config does not say it unambiguously."""
 
 
-class ContextConfig(_Section):
+class ContextConfig(Section):
     """The context to reach and how rotary position embeddings are rescaled to it."""
 
     context_length: int = Field(gt=0)
@@ -52,7 +45,7 @@ class ContextConfig(_Section):
     end of the new context."""
 
 
-class AttentionConfig(_Section):
+class AttentionConfig(Section):
     """Shifted sparse attention (S2-Attn), used while training only."""
 
     pattern: Literal["s2", "full"] = "s2"
@@ -66,24 +59,45 @@ class AttentionConfig(_Section):
     shift: Literal["heads", "layers", "none"] = "heads"
     """``heads`` shifts groups by half in the second half of the heads (the paper); ``layers`` in all heads of every
     other layer; ``none`` never."""
-    full_attention_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
-    """Layers, counted from 0, that are trained with full attention."""
+    full_attention_layers: list[int] = Field(default_factory=list)
+    """Layers, counted from 0, that are trained with full attention; each once."""
     full_attention_final_fraction: float = Field(default=0.0, ge=0, le=1)
     """The last part of the steps, trained with full attention in all layers: 0.1 is the last tenth."""
     backend: Literal["auto", "grouped", "varlen", "flex"] = "auto"
     """What computes sparse attention: ``grouped`` on any device, ``varlen`` and ``flex`` on CUDA."""
 
     @model_validator(mode="after")
-    def _one_group_size(self) -> AttentionConfig:
+    def _groups_are_possible(self) -> AttentionConfig:
         if (self.group_size is None) == (self.group_size_ratio is None):
             raise ValueError(
                 f"group_size={self.group_size} and group_size_ratio={self.group_size_ratio}: "
                 "give exactly one of them and set the other to null"
             )
-        if self.group_size is not None and self.group_size % 2:
-            raise ValueError(f"group_size={self.group_size} is odd, and groups shift by half: give an even number")
-        if self.group_size is not None and self.sink_tokens >= self.group_size:
-            raise ValueError(f"sink_tokens={self.sink_tokens} must be less than group_size={self.group_size}")
+        if self.group_size is None:
+            return self
+        if self.group_size % 2:
+            near = sorted({max(2, self.group_size - 1), self.group_size + 1})
+            raise ValueError(
+                f"group_size={self.group_size} is odd, and half a group must be whole tokens whatever the shift: "
+                f"give {' or '.join(map(str, near))}"
+            )
+        if self.sink_tokens >= self.group_size:
+            raise ValueError(
+                f"sink_tokens={self.sink_tokens} must be less than group_size={self.group_size}: lower sink_tokens or "
+                f"raise group_size to at least {even_above(self.sink_tokens)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_named_once(self) -> AttentionConfig:
+        layers = self.full_attention_layers
+        if negative := [layer for layer in layers if layer < 0]:
+            raise ValueError(
+                f"full_attention_layers={layers} has {negative[0]}, and layers are counted from 0: give numbers from "
+                "0 to the number of layers - 1"
+            )
+        if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
+            raise ValueError(f"full_attention_layers={layers} names layer {twice[0]} more than once: name it once")
         return self
 
     def resolve_group_size(self, context_length: int) -> int:
@@ -94,7 +108,12 @@ class AttentionConfig(_Section):
         return max(2, int(context_length * self.group_size_ratio) // 2 * 2)
 
 
-class AdapterConfig(_Section):
+def even_above(tokens: int) -> int:
+    """The smallest group that holds more than `tokens`."""
+    return tokens // 2 * 2 + 2
+
+
+class AdapterConfig(Section):
     """What is trained: LoRA on linear layers, plus embeddings and norms in full (paper, section 3.3)."""
 
     r: int = Field(default=8, gt=0)
@@ -121,7 +140,7 @@ class AdapterConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Texts to train on and to measure on."""
 
     train: list[str] = Field(default_factory=list)
@@ -136,7 +155,7 @@ class DataConfig(_Section):
     """Put the tokenizer's BOS and/or an EOS at the document bounds, where it has them."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The optimisation."""
 
     steps: int = Field(default=1000, gt=0)
@@ -204,7 +223,7 @@ CHANGEABLE_ON_RESUME = (
 """Keys of `train` that a resumed run may change: its length, and what changes results by rounding at most."""
 
 
-class PerplexityConfig(_Section):
+class PerplexityConfig(Section):
     """Loss on held-out documents: each token is scored once (Press et al. 2021, section 2)."""
 
     context_lengths: list[Annotated[int, Field(gt=1)]] | None = Field(default=None, min_length=1)
@@ -217,7 +236,7 @@ class PerplexityConfig(_Section):
     """Held-out documents that are read: the first ones that are long enough."""
 
 
-class PasskeyConfig(_Section):
+class PasskeyConfig(Section):
     """Passkey retrieval on a grid of lengths and depths (Mohtashami and Jaggi 2023)."""
 
     lengths: list[Annotated[int, Field(gt=1)]] | None = Field(default=None, min_length=1)
@@ -231,7 +250,7 @@ class PasskeyConfig(_Section):
     depth in the held-out documents, which are read anyway, and asks for all of them at every length."""
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """What is measured, always with full attention, for base, RoPE rescaled only, and trained."""
 
     variants: list[Literal["base", "rope_only", "trained"]] = ["base", "rope_only", "trained"]
@@ -242,84 +261,3 @@ class EvalConfig(_Section):
     """Tokens per forward pass when a long prompt is read into the KV cache."""
     seed: int = Field(default=0, ge=0)
     """Choice of the hidden numbers."""
-
-
-class Recipe(_Section):
-    """A whole run. `run_dir` is where everything it makes is written."""
-
-    run_dir: str
-    """Folder of the run; see artifacts.py for what is in it."""
-    model: ModelConfig
-    context: ContextConfig
-    attention: AttentionConfig = Field(default_factory=AttentionConfig)
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-
-    @property
-    def run_path(self) -> Path:
-        return Path(self.run_dir)
-
-
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe from YAML and apply dotted overrides such as ``train.steps=20``.
-
-    Raises:
-        RecipeError: the file is missing or not YAML, or a key or value is not understood.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {path} does not exist: give the path of a YAML file, see recipes/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path} holds {type(values).__name__}, not a mapping of settings")
-    return build_recipe(values, overrides, source=str(path))
-
-
-def build_recipe(values: dict[str, Any], overrides: Iterable[str] = (), source: str = "recipe") -> Recipe:
-    """Validate nested `values`, which stay as they are, after applying dotted `overrides`.
-
-    Raises:
-        RecipeError: a key or value is not understood; the message names it and a remedy.
-    """
-    values = copy.deepcopy(values)
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(explain(error, source, Recipe)) from None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, raw = override.partition("=")
-    if not separator or not key:
-        raise RecipeError(f"override {override!r} is not of the form section.key=value, for example train.steps=20")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    # YAML 1.1 reads 3e-4 as a string; numbers are what a person means here.
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    *sections, leaf = key.split(".")
-    node = values
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
-        node = child
-    node[leaf] = value

@@ -1,0 +1,146 @@
+"""A whole training step against context: what one would write today, the paper's roll, and ours.
+
+python benchmarks/bench_train_step.py                  appends to benchmarks/results/train_step.csv and draws
+python benchmarks/bench_train_step.py --contexts 4096 8192 --only a d
+python benchmarks/bench_train_step.py --plot           draws docs/figures/train_step.svg from the newest run
+
+SmolLM2-135M's shape with random weights, one row a step, bfloat16; on CUDA Llama-2-7B's shape. Variants:
+
+- a: transformers' Trainer, PEFT's LoRA, scaled_dot_product_attention, activation checkpointing, the model's own loss
+- b: a with the paper's Algorithm 1 (groups of T/4)
+- c: `longlora train` with groups of T/4 and no sink tokens
+- d: `longlora train` with groups of 2048 and 4 sink tokens, its defaults
+
+a and b train LoRA alone; c and d embeddings and norms too, as the paper does. Each point is a process of its own, the
+variants of a context follow each other, and its seconds are the median of the steps after the first. What runs out of
+memory, or is left out as hopeless (`_HOPELESS`), has a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib import pyplot as plt
+from rows import RESULTS, append_rows, device_for_benchmark
+from transformers import AutoConfig, PreTrainedConfig
+
+from longlora.bench.inputs import random_model
+from longlora.bench.step import StepCost, StepJob, measure_apart, recipe_of
+from longlora.planning.flops import step_flops
+from longlora.planning.outline import outline
+
+mpl.use("Agg")
+
+SHAPES = {
+    "SmolLM2-135M": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "Llama-2-7B": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+PAPER = {"group_size": None, "group_size_ratio": 0.25, "sink_tokens": 0}
+VARIANTS = {
+    "a": "Trainer + PEFT LoRA, full attention",
+    "b": "the same with Algorithm 1, groups of T/4",
+    "c": "longlora, groups of T/4",
+    "d": "longlora, groups of 2048, 4 sinks",
+}
+CPU_CONTEXTS, CUDA_CONTEXTS = (4096, 8192, 16384, 32768, 65536), (32768, 65536, 131072, 262144, 524288)
+# On two CPU cores: a step of full attention takes half an hour.
+_HOPELESS = {("a", 65536), ("b", 65536)}
+
+
+def job_of(variant: str, context: int, folder: str, steps: int) -> StepJob:
+    job = StepJob("longlora", folder, context, steps)
+    if variant == "a":
+        return replace(job, variant="trainer")
+    if variant == "b":
+        return replace(job, variant="roll", group_size=context // 4)
+    attention = PAPER if variant == "c" else {"group_size": 2048, "sink_tokens": 4}
+    return replace(job, values={"attention": attention})
+
+
+def measure(config: PreTrainedConfig, variant: str, context: int, steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(config, context, Path(folder) / "model")
+        job = job_of(variant, context, folder, steps)
+        cost: StepCost | str = "left out: full attention takes too long here"
+        if torch.cuda.is_available() or (variant, context) not in _HOPELESS:
+            cost = measure_apart(job)
+        recipe = recipe_of(job)
+    row = {"variant": variant, "context": context, "seconds": "", "tokens_per_second": "", "peak_mb": "", "tflops": ""}
+    if isinstance(cost, str):
+        return row | {"failed": cost}
+    flops = step_flops(outline(config, recipe), recipe.train, context)
+    return row | {
+        "seconds": f"{cost.seconds:.2f}",
+        "tokens_per_second": round(cost.tokens_per_second),
+        "peak_mb": round(cost.peak_bytes / 1e6),
+        # Of the model alone: what is computed again is not counted. Only ours is planned.
+        "tflops": f"{(flops.total - flops.recomputed.total) / cost.seconds / 1e12:.3f}" if variant in "cd" else "",
+        "failed": "",
+    }
+
+
+def plot(target: Path) -> None:
+    """Time and memory against context, from the rows of the newest commit and date in the CSV."""
+    with (RESULTS / "train_step.csv").open(encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    newest = {key: rows[-1][key] for key in ("shape", "device", "commit", "date")}
+    rows = [row for row in rows if all(row[key] == value for key, value in newest.items())]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, column, label in zip(axes, ("seconds", "peak_mb"), ("seconds a step", "peak memory (GB)"), strict=True):
+        for variant, name in VARIANTS.items():
+            points = sorted(
+                (int(r["context"]), float(r[column])) for r in rows if r["variant"] == variant and r[column]
+            )
+            scale = 1000 if column == "peak_mb" else 1
+            axis.plot([x for x, _ in points], [y / scale for _, y in points], marker="o", label=f"({variant}) {name}")
+        axis.set(xscale="log", yscale="log", xlabel="tokens in a step", ylabel=label)
+        axis.set_xticks(ticks := sorted({int(r["context"]) for r in rows}), [f"{tick // 1024}k" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{newest['shape']}, one training step, {newest['device']}", fontsize=10)
+    figure.savefig(target)
+    print(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    device = device_for_benchmark()
+    cuda = device.type == "cuda"
+    parser.add_argument("--contexts", nargs="+", type=int, default=CUDA_CONTEXTS if cuda else CPU_CONTEXTS)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--shape", choices=SHAPES, default="Llama-2-7B" if cuda else "SmolLM2-135M")
+    parser.add_argument("--steps", type=int, default=3, help="of each point, the first of which is not counted")
+    parser.add_argument("--dry", action="store_true", help="print, append nothing")
+    parser.add_argument("--plot", action="store_true", help="only draw")
+    args = parser.parse_args()
+    figure = RESULTS.parent.parent / "docs" / "figures" / "train_step.svg"
+    if args.plot:
+        plot(figure)
+        return
+    config = AutoConfig.for_model("llama", **SHAPES[args.shape])
+    for context in args.contexts:
+        for variant in args.only:
+            row = {"shape": args.shape} | measure(config, variant, context, args.steps)
+            print(row, flush=True)
+            if not args.dry:
+                append_rows("train_step", [row], device)
+    if not args.dry:
+        plot(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The settings that save memory, those that cost least time first: one list for plan, `memory: auto` and errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from longlora.config import Recipe, build_recipe
+
+_SMALL_CHUNK = 256
+_TILES = (2048, 512)
+_EVERY = (4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Settings to change, by dotted key, and the parts of `planning.memory.Memory` that they make smaller."""
+
+    settings: dict[str, Any]
+    eases: tuple[str, ...]
+    automatic: bool = True
+    """Whether it may be pulled without asking: false for what changes what is trained, or the type of the result."""
+
+    def __str__(self) -> str:
+        return written(self.settings)
+
+
+def levers(recipe: Recipe, *, cuda: bool) -> list[Lever]:
+    """The levers that `recipe` does not pull yet; of those with the same key the later one is the stronger one.
+
+    Args:
+        cuda: whether the machine has what only runs on CUDA.
+    """
+    train = recipe.train
+    pulled: list[Lever] = []
+
+    def add(wanted: bool, settings: dict[str, Any], *eases: str) -> None:
+        if wanted:
+            pulled.append(Lever(settings, eases))
+
+    batch = train.micro_batch_size * train.grad_accum_steps
+    add(train.loss_chunk_tokens > _SMALL_CHUNK, {"train.loss_chunk_tokens": _SMALL_CHUNK}, "temporary")
+    add(
+        train.micro_batch_size > 1,
+        {"train.micro_batch_size": 1, "train.grad_accum_steps": batch},
+        "saved_activations",
+        "temporary",
+    )
+    for every in _EVERY:
+        kept = not train.activation_checkpointing or train.activation_checkpointing_every > every
+        settings = {"train.activation_checkpointing": True, "train.activation_checkpointing_every": every}
+        add(kept, settings, "saved_activations")
+    for tile in _TILES:
+        coarser = train.mlp_tile_tokens is None or train.mlp_tile_tokens > tile
+        add(coarser, {"train.mlp_tile_tokens": tile}, "temporary", "saved_activations")
+    add(cuda and train.optimizer == "adamw", {"train.optimizer": "adamw_8bit"}, "optimizer")
+    add(cuda and not train.activation_offload, {"train.activation_offload": True}, "saved_activations")
+    add(cuda and recipe.model.quantization == "none", {"model.quantization": "nf4"}, "frozen_weights")
+    if recipe.model.dtype == "float32":
+        pulled.append(Lever({"model.dtype": "bfloat16"}, ("frozen_weights", "temporary"), automatic=False))
+    if recipe.adapter.train_embeddings and recipe.adapter.embedding_rows == "all":
+        rows = {"adapter.embedding_rows": "occurring"}
+        pulled.append(Lever(rows, ("trained_weights", "gradients", "optimizer"), automatic=False))
+    return pulled
+
+
+def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """`recipe` with dotted settings changed."""
+    return build_recipe(recipe.model_dump(), [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+
+
+def written(settings: dict[str, Any]) -> str:
+    """Settings as they are given on the command line."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return " ".join(f"{key}={text}" for key, text in texts.items())
