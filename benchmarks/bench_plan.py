@@ -5,8 +5,8 @@ python benchmarks/bench_plan.py --only smol-4k mid-8k --again
 
 Every model has random weights and is trained for three steps twice, each time in a process of its own. Once freed
 memory goes back to the system, as `longlora train` does where memory is short: peak memory (``ru_maxrss``) is from
-there, and is what the planner predicts. Once it is kept, as where there is plenty: seconds, the median of the steps after the
-first, are from there; the process is then larger (``kept_mb``). Time needs an idle machine, memory does not.
+there, and is what the planner predicts. Once it is kept, as where there is plenty: seconds, the median of the steps
+after the first, are from there; the process is then larger (``kept_mb``). Time needs an idle machine, memory does not.
 """
 
 from __future__ import annotations
