@@ -9,7 +9,7 @@ SmolLM2-135M's shape with random weights, one row a step, bfloat16; on CUDA Llam
 - a: transformers' Trainer, PEFT's LoRA, scaled_dot_product_attention, activation checkpointing, the model's own loss
 - b: a with the paper's Algorithm 1 (groups of T/4)
 - c: `longlora train` with groups of T/4 and no sink tokens
-- d: `longlora train` with groups of 2048 and 4 sink tokens, its defaults
+- d: `longlora train` with groups of 2048 and 4 sink tokens, its defaults, and compiled norms
 
 a and b train LoRA alone; c and d embeddings and norms too, as the paper does. Each point is a process of its own, the
 variants of a context follow each other, and its seconds are the median of the steps after the first. What runs out of
@@ -66,8 +66,9 @@ def job_of(variant: str, context: int, folder: str, steps: int) -> StepJob:
         return replace(job, variant="trainer")
     if variant == "b":
         return replace(job, variant="roll", group_size=context // 4)
-    attention = PAPER if variant == "c" else {"group_size": 2048, "sink_tokens": 4}
-    return replace(job, values={"attention": attention})
+    if variant == "c":
+        return replace(job, values={"attention": PAPER})
+    return replace(job, values={"train": {"compile_norms": True}})
 
 
 def measure(config: PreTrainedConfig, variant: str, context: int, steps: int) -> dict[str, Any]:

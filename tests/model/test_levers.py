@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from longlora.config import Recipe, build_recipe
 from longlora.errors import LongLoraError
 from longlora.model import levers
-from longlora.model.adapters import add_adapter
+from longlora.model.adapters import add_adapter, cast_to_compute_dtype
+from longlora.model.head import mixed_precision
 from longlora.model.levers import apply_memory_levers, check_levers
 
 IDS = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(1))
@@ -68,6 +69,47 @@ def test_tiled_mlps_with_and_without_checkpointing(checkpointing: bool) -> None:
     expected, found = gradients(plain), gradients(tiled)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_compiled_norms_give_the_same_loss_and_gradients() -> None:
+    plain, compiled = adapted(2), adapted(2)
+    apply_memory_levers(plain, recipe_with())
+    apply_memory_levers(compiled, recipe_with(compile_norms=True))
+    torch._dynamo.utils.counters.clear()
+    expected, found = gradients(plain), gradients(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_compiled_norms_without_a_compiler_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    def none() -> str:
+        raise RuntimeError("No working C++ compiler found in\n CXX")
+
+    check_levers(recipe_with(compile_norms=True), CPU)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(LongLoraError, match=r"compile_norms=true needs a C\+\+ compiler .*install g\+\+") as caught:
+        check_levers(recipe_with(compile_norms=True), CPU)
+    assert "\n" not in str(caught.value)
+    check_levers(recipe_with(compile_norms=True), CUDA)
+
+
+def test_activations_are_converted_once() -> None:
+    """Autocast and PEFT convert them to and fro if they are let."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(llama_config(num_hidden_layers=2)).to(torch.bfloat16)
+    model = add_adapter(base, recipe_with().adapter).train()
+    cast_to_compute_dtype(model, torch.bfloat16)
+    seen: list[torch.dtype] = []
+    for name, module in model.named_modules():
+        if name.endswith(("lora_A.default", "gate_proj", "layernorm.modules_to_save.default")):
+            module.register_forward_hook(lambda _m, args, out: seen.extend((args[0].dtype, out.dtype)))
+    with mixed_precision(model):
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert len(seen) == 2 * 2 * (4 + 1 + 2)
+    assert set(seen) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,14 @@ def test_every_way_to_say_it_is_recognised() -> None:
         ),
         ({}, {"intermediate_size": 1000}, "temporary", "resume with train.mlp_tile_tokens=2048"),
         (
-            {"train.mlp_tile_tokens": 8, "train.loss_chunk_tokens": 8192},
+            {"train.mlp_tile_tokens": 512, "train.loss_chunk_tokens": 8192},
             {"vocab_size": 4000},
             "temporary",
             "resume with train.loss_chunk_tokens=256",
         ),
         (
-            {"train.mlp_tile_tokens": 8, "train.loss_chunk_tokens": 8},
-            {"vocab_size": 200_000, "tie_word_embeddings": False},
+            {"train.mlp_tile_tokens": 256, "train.loss_chunk_tokens": 128},
+            {"vocab_size": 200_000, "hidden_size": 256, "tie_word_embeddings": False},
             "optimizer",
             "train in another run_dir with adapter.embedding_rows=occurring",
         ),

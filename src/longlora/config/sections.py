@@ -192,6 +192,9 @@ class TrainConfig(Section):
     bitsandbytes on CUDA; ``paged`` lets it move to main memory."""
     liger_kernels: bool = False
     """Fused norms, RoPE and MLP activations of the package liger-kernel; CUDA only."""
+    compile_norms: bool = False
+    """Fuse the norms with torch.compile: a step of a small model on a CPU takes a tenth less, after half a minute of
+    compiling, which needs a C++ compiler there."""
     loss_chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens whose logits exist at one time."""
     logging_steps: int = Field(default=1, gt=0)
@@ -218,6 +221,7 @@ CHANGEABLE_ON_RESUME = (
     "activation_checkpointing_every",
     "activation_offload",
     "mlp_tile_tokens",
+    "compile_norms",
     "loss_chunk_tokens",
 )
 """Keys of `train` that a resumed run may change: its length, and what changes results by rounding at most."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 IGNORE_INDEX = -100
 
 Head = Callable[[Tensor], Tensor]
+# Logits in float32 that a CPU's cache holds while they become probabilities and gradients.
+_CACHED = 2**20
 
 
 def chunked_loss(hidden_TC: Tensor, labels_T: Tensor, head: nn.Module | Head, chunk_tokens: int) -> Tensor:
@@ -55,8 +57,8 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 hidden = hidden_TC[part].detach().requires_grad_(hidden_grad_TC is not None)
                 logits = head(hidden)
-            loss, logits_grad = _cross_entropy(logits.detach(), labels_T[part])
-            total += loss
+            logits_grad = logits.detach()
+            total += _cross_entropy_(logits_grad, labels_T[part])
             wanted = ([hidden] if hidden_grad_TC is not None else []) + list(parameters)
             if not wanted:
                 continue
@@ -76,16 +78,21 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden, None, None, None, *(grad * upstream for grad in parameter_grads)
 
 
-def _cross_entropy(logits_tV: Tensor, labels_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and its gradient with respect to the logits, softmax - one-hot, in the logits' dtype.
+def _cross_entropy_(logits_tV: Tensor, labels_t: Tensor) -> Tensor:
+    """Sum of the losses; `logits_tV` becomes its gradient with respect to the logits, softmax - one-hot.
 
     By hand because autograd's own chain (log-softmax, gather, scatter) reads and writes [t, V] floats twice as often.
+    In place because a head's last operation does not need its result again; if one did, autograd would raise.
     """
-    counted = labels_t != IGNORE_INDEX
-    labels = labels_t.where(counted, 0)[:, None]
-    log_p_tV = logits_tV.log_softmax(-1, dtype=torch.float32)
-    loss = -log_p_tV.gather(1, labels)[:, 0].where(counted, 0.0).sum()
-    gradient_tV = log_p_tV.exp_()
-    gradient_tV.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32))
-    gradient_tV[~counted] = 0.0
-    return loss, gradient_tV.to(logits_tV.dtype)
+    total = logits_tV.new_zeros((), dtype=torch.float32)
+    t, V = logits_tV.shape
+    rows = t if logits_tV.is_cuda else max(1, _CACHED // V)
+    for block_tV, labels in zip(logits_tV.split(rows), labels_t.split(rows), strict=True):
+        counted = (labels != IGNORE_INDEX)[:, None]
+        index = labels[:, None].where(counted, 0)
+        log_p_tV = block_tV.log_softmax(-1, dtype=torch.float32)
+        total -= log_p_tV.gather(1, index).where(counted, 0.0).sum()
+        gradient_tV = log_p_tV.exp_()
+        gradient_tV.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+        block_tV.copy_(gradient_tV.masked_fill_(~counted, 0.0))
+    return total

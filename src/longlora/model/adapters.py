@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -87,17 +88,26 @@ def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str]
 
 def norm_names(model: PreTrainedModel) -> list[str]:
     """Last name parts of all normalisation layers, as PEFT's `modules_to_save` matches them."""
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
-    }
-    return sorted(names)
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_norm(module)})
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    """All normalisation layers; of one that PEFT wrapped, the copy in use and the original."""
+    return [module for module in model.modules() if _is_norm(module)]
 
 
 def cast_to_compute_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Keep the residual stream in `dtype` although embeddings are trained in float32: half the activation memory."""
-    model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.to(dtype))
+    """Keep activations in `dtype` although embeddings, norms and LoRA are trained in float32.
+
+    That is half the memory, and each is converted once: left alone, autocast converts the float32 output of a norm for
+    every linear layer that reads it, and PEFT converts it back for every LoRA. The model must run under autocast then.
+    """
+    for module in [model.get_input_embeddings(), *norms(model)]:
+        module.register_forward_hook(lambda _module, _args, output: output.to(dtype))
+    if dtype is not torch.float32:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
@@ -108,6 +118,10 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
     except Exception as error:
         raise ModelError(f"adapter {folder} cannot be loaded ({error}): train again or restore the folder") from error
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from longlora.config import Recipe
 from longlora.errors import ModelError
 from longlora.memory.embeddings import free_frozen_embeddings
 from longlora.memory.tiled_mlp import tile_mlps
+from longlora.model.adapters import norms
 from longlora.model.head import mixed_precision
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -43,6 +44,8 @@ def check_levers(recipe: Recipe, device: torch.device) -> None:
         _need_package("train.liger_kernels=true", "liger_kernel", "liger-kernel")
     if recipe.model.quantization != "none":
         _need_package(f"model.quantization={recipe.model.quantization}", "bitsandbytes", "longlora[qlora]")
+    if train.compile_norms and device.type == "cpu":
+        _need_compiler()
     _checkpointing_arguments(recipe)
 
 
@@ -64,6 +67,9 @@ def apply_memory_levers(model: PeftModel, recipe: Recipe, *, probe: bool = True)
     if recipe.train.mlp_tile_tokens is not None:
         with mixed_precision(model):
             tile_mlps(base, recipe.train.mlp_tile_tokens, probe=probe)
+    if recipe.train.compile_norms:
+        for module in norms(base):
+            module.compile(dynamic=True)
     if recipe.train.activation_checkpointing:
         _checkpoint_activations(base, recipe)
 
@@ -76,6 +82,18 @@ def _need_cuda(setting: str, device: torch.device, reason: str) -> None:
 def _need_package(setting: str, module: str, requirement: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ModelError(f"{setting} needs the package {module}, which is not installed: pip install '{requirement}'")
+
+
+def _need_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # heavy
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:  # InvalidCxxCompiler
+        raise ModelError(
+            f"train.compile_norms=true needs a C++ compiler ({' '.join(str(error).split())[:120]}): "
+            "install g++ or leave it out"
+        ) from error
 
 
 def _checkpointing_arguments(recipe: Recipe) -> dict[str, int | bool]:

@@ -205,7 +205,7 @@ def _use_levers(model: PeftModel, recipe: Recipe) -> None:
 
     Offloading is left to `memory.py`, and MLPs are tiled without trying them out, which fake tensors cannot do.
     """
-    changes: dict[str, Any] = {"liger_kernels": False, "activation_offload": False}
+    changes: dict[str, Any] = {"liger_kernels": False, "activation_offload": False, "compile_norms": False}
     here = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
     apply_memory_levers(model, here, probe=False)
 
