@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,24 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return p20, statistics.median(times), p80
 
 
-def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device) -> Path:
-    """Append to ``results/NAME.csv``, with device, versions, commit and date; a new file gets a header."""
+@cache
+def _facts(device: torch.device) -> dict[str, str]:
+    """What all rows of a run have in common; the commit is that at its beginning."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
     ).stdout.strip()
-    facts = {
+    return {
         "device": device_name(device), "torch": torch.__version__, "commit": commit, "date": date.today().isoformat()
     }  # fmt: skip
+
+
+def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device) -> Path:
+    """Append to ``results/NAME.csv``, with device, versions, commit and date; a new file gets a header."""
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0] | facts))
+        writer = csv.DictWriter(handle, list(rows[0] | _facts(device)))
         if handle.tell() == 0:
             writer.writeheader()
-        writer.writerows(row | facts for row in rows)
+        writer.writerows(row | _facts(device) for row in rows)
     return path

@@ -56,7 +56,7 @@ class StepCost:
     tokens: int
     """In a step."""
     peak_bytes: int
-    """Of the process on a CPU (ru_maxrss), of torch's allocator on CUDA."""
+    """Of the process on a CPU (VmHWM), of torch's allocator on CUDA."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,9 +83,13 @@ def recipe_of(job: StepJob) -> Recipe:
     values |= {"run_dir": str(Path(job.folder) / "run"), "memory": "unchecked"}
     values["context"] = {"context_length": job.context_length}
     values["model"] = values.get("model", {}) | {"name_or_path": str(Path(job.folder) / "model"), "revision": None}
-    values["model"]["original_context_length"] = None
-    one_row = {"micro_batch_size": 1, "grad_accum_steps": 1, "warmup_steps": 0}
+    # As `random_model` made it, whatever scaling the config began with.
+    values["model"]["original_context_length"] = job.context_length // 2
+    one_row = {"micro_batch_size": 1, "grad_accum_steps": 1, "warmup_steps": 0, "logging_steps": 1}
     values["train"] = values.get("train", {}) | one_row | {"steps": job.steps, "save_steps": job.steps + 1}
+    # Every step shall be alike, and texts of eleven letters would make most rows needless.
+    values["attention"] = values.get("attention", {}) | {"full_attention_final_fraction": 0.0}
+    values["adapter"] = values.get("adapter", {}) | {"embedding_rows": "all"}
     return build_recipe(values)
 
 
@@ -160,7 +164,12 @@ def _peak() -> int:
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # Where there is no /proc. On Linux a process inherits this number from the one that started it.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
