@@ -111,7 +111,10 @@ def job_of(point: Point, folder: str, *, return_freed: bool) -> StepJob:
         point.settings,
     )
     values = dotted.model_dump(include={"model", "attention", "adapter", "train"})
-    return StepJob("longlora", folder, point.context, STEPS, values=values, return_freed=return_freed)
+    return StepJob(
+        "longlora", str(Path(folder) / "model"), str(Path(folder) / "run"), point.context, STEPS, values=values,
+        return_freed=return_freed,
+    )  # fmt: skip
 
 
 def predict(point: Point) -> tuple[float, float]:

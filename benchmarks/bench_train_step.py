@@ -61,7 +61,7 @@ _HOPELESS = {("a", 65536), ("b", 65536)}
 
 
 def job_of(variant: str, context: int, folder: str, steps: int) -> StepJob:
-    job = StepJob("longlora", folder, context, steps)
+    job = StepJob("longlora", str(Path(folder) / "model"), str(Path(folder) / "run"), context, steps)
     if variant == "a":
         return replace(job, variant="trainer")
     if variant == "b":

@@ -29,6 +29,8 @@ _COLUMNS = {
     "gradients are finite and reach all layers": "gradients",
     "gradients are those of the loss": "right gradients",
 }
+# What `CheckResult.passed` says.
+_CELLS = {True: "yes", False: "no", None: "not compared"}
 
 
 def tools() -> str:
@@ -49,6 +51,7 @@ def architectures_markdown() -> str:
         "",
         *(f"- **{head}**: {name}." for name, head in _COLUMNS.items()),
         "",
+        "*Not compared*: the model does not do it with its own full attention either, which says nothing of S2-Attn.",
         "The tests run the same checks, and compare the gradients of all parameters with the definition of the pattern",
         "(`tests/attention/test_architectures.py`). Layers with a window of their own keep it in training.",
         "",
@@ -74,11 +77,11 @@ def row(architecture: Architecture) -> str:
         passed = {result.name: result.passed for result in found.results}
         if missing := passed.keys() ^ _COLUMNS.keys():
             raise ValueError(f"the columns are not those of the checks: {missing}")
-        cells = ["yes" if passed[name] else "no" for name in _COLUMNS]
+        cells = [_CELLS[passed[name]] for name in _COLUMNS]
         remarks += [
             f"**{head}**: {architecture.not_applicable.get(name, 'a failure')}"
             for name, head in _COLUMNS.items()
-            if not passed[name]
+            if passed[name] is False
         ]
     return f"| `{architecture.name}` | {found.layers} | {' | '.join(cells)} | {'; '.join(remarks)} |"
 

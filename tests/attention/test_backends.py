@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import assert_same, dense_attention, layout, qkv
+from attention_cases import assert_same, dense_attention, layout, qkv
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -76,8 +76,15 @@ def test_rocm_has_flex_alone(card: Any) -> None:
             "varlen needs compute capability 8.0, and this is float16 on cuda of compute cap.* 7.5:",
         ),
         ("flex", (7, 0), None, "flex needs compute capability 8.0, .* 7.0: set the backend to grouped or auto"),
-        ("flex", (8, 6), (256, 256), "flex takes head dims up to 128 on this card, .* of compute capability 8.6:"),
-        ("varlen", (8, 6), (208, 208), "varlen has no backward for head dims from 193 to 224 on this card, .* 8.6:"),
+        (
+            "flex",
+            (8, 6),
+            (256, 256),
+            "flex takes head dims up to 128 on this card, not 256, .* compute capability 8.6:",
+        ),
+        ("flex", (9, 0), (16, 8), "flex takes head dims from 16 on, not 8, .* set the backend to grouped or auto"),
+        ("varlen", (8, 6), (208, 208), "varlen has no backward for head dim 208 on this card, .* 8.6:"),
+        ("varlen", (9, 0), (128, 264), "varlen takes head dims up to 256, not 264, .* set the backend to grouped"),
     ],
 )
 def test_a_demand_that_the_card_cannot_meet_is_one_line(
@@ -87,6 +94,39 @@ def test_a_demand_that_the_card_cannot_meet_is_one_line(
     with pytest.raises(ModelError, match=message) as caught:
         choose_backend(backend, CUDA, FP16, head_dims=head_dims)
     assert "\n" not in str(caught.value)
+
+
+class OnCuda:
+    """A tensor's looks on a GPU, for the checks in front of the kernels."""
+
+    device = CUDA
+
+    def __init__(self, dtype: torch.dtype, width: int) -> None:
+        self.dtype, self.shape = dtype, (1, 2, 5, width)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flex"])
+def test_tensors_that_a_backend_does_not_take_are_refused_before_it_plans(card: Any, backend: Any) -> None:
+    """The backends themselves know no such limits."""
+    card(9, 0)
+
+    def refusal(*tensors: Any, **options: Any) -> str:
+        with pytest.raises(ModelError) as caught:
+            attend(*tensors, [[0, 5]], FULL, backend=backend, **options)
+        return str(caught.value)
+
+    start = f"backend={backend} "
+    assert refusal(*qkv(1, 2, 1, 5)).startswith(f"{start}needs a CUDA device, and this is float64 on cpu:")
+    inputs: list[Any] = [OnCuda(BF16, 16)] * 3
+    assert refusal(*inputs, dropout=0.1).startswith(f"{start}has no attention dropout, and this is bfloat16 on cuda")
+    if backend == "flex":
+        narrow: Any = OnCuda(BF16, 8)
+        assert refusal(*inputs[:2], narrow).startswith(f"{start}takes head dims from 16 on, not 8,")
+        return
+    wide: Any = OnCuda(BF16, 264)
+    assert refusal(*[wide] * 3).startswith(f"{start}takes head dims up to 256, not 264,")
+    exact: Any = OnCuda(torch.float32, 16)
+    assert refusal(*[exact] * 3).startswith(f"{start}needs bfloat16 or float16, and this is float32 on cuda")
 
 
 @pytest.fixture

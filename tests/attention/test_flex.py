@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
-from backend_cases import BATCHES, PATTERNS, TOKENS, all_layouts, assert_same, layout, qkv, seen_by_reference
+from attention_cases import BATCHES, PATTERNS, TOKENS, all_layouts, assert_same, layout, qkv, seen_by_reference
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -22,6 +22,7 @@ from longlora.attention.reference import reference_attention
 from longlora.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+COMPILED = flex._kernel  # the fixture `uncompiled` puts another function there
 
 
 def blocks(counts: Tensor, indices: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def test_many_kinds_of_batches_in_one_run(monkeypatch: pytest.MonkeyPatch, uncom
     torch._dynamo.reset()
     compiled = torch.compile(torch_flex.flex_attention, fullgraph=True, backend="eager")
     monkeypatch.setattr(flex, "_compiled", lambda: compiled)
-    monkeypatch.setattr(flex, "_kernel", flex._run_compiled)
+    monkeypatch.setattr(flex, "_kernel", COMPILED)
     before = counters["stats"]["unique_graphs"]
     for B, pattern, softcap in itertools.product((1, 2), (S2Pattern(4), S2Pattern(4, 1), FULL), (None, 0.7)):
         inputs, bounds_B = [x.detach() for x in qkv(B, 4, 2, 9)], [[0, 9]] * B
@@ -160,7 +161,7 @@ def test_compiled_for_the_cpu(monkeypatch: pytest.MonkeyPatch, pattern: Pattern)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex, "_kernel", torch_flex.flex_attention)
     eager = flex_s2_attention(*inputs, plan, softcap=2.0)
-    monkeypatch.setattr(flex, "_kernel", flex._run_compiled)
+    monkeypatch.setattr(flex, "_kernel", COMPILED)
     torch.testing.assert_close(flex_s2_attention(*inputs, plan, softcap=2.0), eager)
 
 
@@ -181,7 +182,6 @@ def test_autocast_decides_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "backend flex needs a CUDA device, the tensors are on cpu: use backend=grouped"),
         ({"T": 6}, r"are \(1, 6, 2, 1\), planned were \(1, 5, 2, 1\): plan every batch"),
         ({"K": 2}, r"are \(1, 5, 2, 2\), planned were \(1, 5, 2, 1\)"),
     ],
@@ -190,16 +190,3 @@ def test_tensors_that_do_not_fit_are_refused(change: dict[str, int], message: st
     plan = flex_plan(layout([[0, 5]], 5, FULL))
     with pytest.raises(ModelError, match=message):
         flex_s2_attention(*qkv(**({"B": 1, "H": 2, "K": 1, "T": 5} | change)), plan)
-
-
-class OnCuda:
-    """A tensor's looks on a GPU, for the checks in front of the kernel."""
-
-    def __init__(self, width: int) -> None:
-        self.device, self.shape = torch.device("cuda"), (1, 2, 5, width)
-
-
-def test_small_head_dims_are_refused() -> None:
-    tensors: list[Any] = [OnCuda(16), OnCuda(16), OnCuda(8)]
-    with pytest.raises(ModelError, match="takes head dims from 16 on, the tensors have 8: use backend=grouped"):
-        flex._kernel(*tensors)

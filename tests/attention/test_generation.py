@@ -67,6 +67,7 @@ WAYS = {
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_are_those_without_use_s2(way: str, training: bool, sparse_in_evaluation: bool) -> None:
+    """In training mode too: trainers that sample between steps do not always call eval()."""
     model, ids = llama(), prompt()
     for padding in ({}, padded_on_the_left()):
         longlora.use_full(model)

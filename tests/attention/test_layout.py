@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from backend_cases import layout, qkv
+from attention_cases import layout, qkv
 
 from longlora.attention.layout import Layout
 from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern

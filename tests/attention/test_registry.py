@@ -14,6 +14,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Llama4TextConfig,
+    Llama4TextModel,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -24,7 +26,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import longlora
+from longlora.attention import backends
 from longlora.attention.backends import choose_backend
+from longlora.attention.layers import attention_modules, has_window
 from longlora.attention.pattern import S2Pattern, WindowPattern, may_attend
 from longlora.attention.picture import draw_heads, head_weights
 from longlora.attention.registry import describe_attention, is_sparse
@@ -54,12 +58,6 @@ def test_sparse_in_training_and_full_in_evaluation(tiny_llama: LlamaForCausalLM,
     torch.testing.assert_close(logits(tiny_llama, ids), full)
 
 
-def test_generation_is_full_attention(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
-    expected = tiny_llama.generate(ids, max_new_tokens=6, do_sample=False)
-    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
-    assert torch.equal(tiny_llama.generate(ids, max_new_tokens=6, do_sample=False), expected)
-
-
 @pytest.mark.parametrize("use_cache", [None, True, False])
 def test_packed_documents_are_isolated_whatever_the_cache_setting(
     tiny_llama: LlamaForCausalLM, ids: torch.Tensor, use_cache: bool | None
@@ -86,15 +84,6 @@ def test_packed_documents_are_isolated_beside_a_padding_mask(tiny_llama: LlamaFo
         attention_mask=torch.cat([torch.ones_like(packed), padding], dim=1),
     )
     torch.testing.assert_close(together[:, :42].reshape(2, 21, -1), logits(tiny_llama, ids))
-
-
-def test_generation_is_full_attention_in_training_mode_too(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
-    """Trainers that sample between steps do not always call eval()."""
-    expected = tiny_llama.generate(ids, max_new_tokens=6, do_sample=False)
-    longlora.use_s2(tiny_llama, group_size=4, sink_tokens=0)
-    sparse = logits(tiny_llama.train(), ids)
-    assert torch.equal(tiny_llama.generate(ids, max_new_tokens=6, do_sample=False), expected)
-    torch.testing.assert_close(logits(tiny_llama, ids), sparse)
 
 
 def test_a_fresh_model_with_the_key_in_its_config_evaluates(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
@@ -156,13 +145,65 @@ def test_a_fresh_model_without_sdpa_evaluates_as_its_own(ids: torch.Tensor) -> N
     torch.testing.assert_close(logits(fresh, ids), full)
 
 
-def test_a_window_longer_than_the_context_is_none() -> None:
-    """Phi-3.5-mini's config has one."""
+def windowed(window: int, longest: int) -> MistralForCausalLM:
+    torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=300, max_position_embeddings=128,
+        num_key_value_heads=1, sliding_window=window, max_position_embeddings=longest, initializer_range=0.2,
     )  # fmt: skip
-    model = MistralForCausalLM(config)
+    return MistralForCausalLM(config)
+
+
+def test_a_fresh_model_that_becomes_sparse_keeps_its_own_full_attention(ids: torch.Tensor) -> None:
+    """Gemma 2 has no sdpa: it would lose its soft caps."""
+    model = make_gemma2()
+    full = logits(model, ids)
+    longlora.use_s2(model, group_size=4, sink_tokens=1)
+    fresh = Gemma2ForCausalLM._from_config(model.config, attn_implementation="s2_attn").eval()
+    fresh.load_state_dict(model.state_dict())
+    longlora.use_s2(fresh, group_size=4, sink_tokens=1)
+    torch.testing.assert_close(logits(fresh, ids), full)
+    longlora.use_full(fresh)
+    assert fresh.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(fresh, ids), full)
+
+
+def test_the_layers_are_described_whatever_computes_them(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a float32 model under autocast, the parameters do not tell: varlen would be refused, and is not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    longlora.use_s2(tiny_llama, group_size=8, sink_tokens=0, backend="varlen")
+    expected = "sparse in layers 0-1 (groups of 8, 0 sink tokens, shifted in half of the heads)"
+    assert describe_attention(tiny_llama) == expected
+
+
+def test_a_window_as_long_as_the_context_counts_beyond_it() -> None:
+    """What the model's own attention hides there, sparse training hides as well."""
+    model, ids = windowed(32, 32).train(), torch.randint(64, (1, 80), generator=torch.Generator().manual_seed(0))
+    own, short = logits(model, ids, use_cache=False), logits(model, ids[:, :32], use_cache=False)
+    longlora.use_s2(model, group_size=8, sink_tokens=0)
+    assert describe_attention(model).startswith("sparse in layer 0")
+    torch.testing.assert_close(logits(model, ids), own)
+    assert not torch.allclose(logits(model, ids[:, :32]), short, atol=1e-3)
+
+
+def test_a_chunk_as_long_as_the_context_is_no_window() -> None:
+    config = Llama4TextConfig(
+        num_hidden_layers=2, layer_types=["chunked_attention", "full_attention"], attention_chunk_size=64,
+        max_position_embeddings=64, no_rope_layers=[1, 0],
+    )  # fmt: skip
+    with torch.device("meta"):
+        decoder = Llama4TextModel(config)
+    assert [has_window(decoder, module) for module in attention_modules(decoder)] == [False, False]
+    config.max_position_embeddings = 65
+    assert [has_window(decoder, module) for module in attention_modules(decoder)] == [True, False]
+
+
+def test_a_window_longer_than_the_context_is_none() -> None:
+    """Phi-3.5-mini's config has one."""
+    model = windowed(300, 128)
     longlora.use_s2(model, group_size=8, sink_tokens=0)
     assert describe_attention(model).startswith("sparse in layer 0")
     sparse = logits(model.train(), torch.arange(32)[None])
@@ -250,6 +291,10 @@ def test_wraparound_mode_leaks_and_says_what_it_needs(tiny_llama: LlamaForCausal
         logits(tiny_llama, ids[:, :13])
     with pytest.raises(LongLoraError, match="sink_tokens=3"):
         longlora.use_s2(tiny_llama, group_size=8, sink_tokens=3, wraparound=True)
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.attention_dropout = 0.25
+    with pytest.raises(LongLoraError, match=r"no attention dropout, and this is 0.25; set attention_dropout=0"):
+        logits(tiny_llama, ids)
 
 
 def test_left_padding_and_caches_are_refused_in_training(tiny_llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
@@ -347,7 +392,7 @@ def test_shift_between_layers_alternates_over_the_sparse_layers() -> None:
     assert [shifts[0], shifts[2], shifts[4]] == ["none", "all", "none"]
     assert describe_attention(model) == (
         "sparse in layers 0, 2, 4 (groups of 8, 2 sink tokens, shifted in every other layer), "
-        "own window in layers 1, 3, 5; backend grouped"
+        "own window in layers 1, 3, 5"
     )
     longlora.use_s2(model, group_size=8, shift="none")
     assert {layer.self_attn.longlora_s2.pattern.shift for layer in model.model.layers} == {"none"}

@@ -1,6 +1,6 @@
 """The varlen backend on the CPU: its index against the reference's masks, values and gradients with emulated kernels.
 
-The kernels themselves need a GPU (test_backends_gpu.py); `backend_cases.py` has their contract.
+The kernels themselves need a GPU (test_backends_gpu.py); `attention_cases.py` has their contract.
 """
 
 from itertools import pairwise
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import (
+from attention_cases import (
     BATCHES,
     PATTERNS,
     TOKENS,
@@ -152,7 +152,7 @@ def test_one_call_where_both_grids_are_the_same(emulated: Any) -> None:
 
 @pytest.mark.parametrize(("width", "value_width"), [(8, 8), (8, 4), (4, 12)])
 def test_head_dims_and_scaling(emulated: Any, width: int, value_width: int) -> None:
-    inputs = qkv(1, 2, 1, 9, width, value_width)
+    inputs = qkv(1, 2, 1, 9, width, value_width=value_width)
     assert_same_as_reference(inputs, [[0, 9]], S2Pattern(4, 1), scaling=0.3)
     plan = varlen_plan(layout([[0, 9]], 9, S2Pattern(4, 1)))
     assert not torch.allclose(varlen_attention(*inputs, plan), varlen_attention(*inputs, plan, scaling=0.3))
@@ -212,7 +212,6 @@ def test_autocast_decides_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "backend varlen needs a CUDA device, the tensors are on cpu: use backend=grouped"),
         ({"T": 6}, r"are \(1, 6, 2, 1\), planned were \(1, 5, 2, 1\): plan every batch"),
         ({"K": 2}, r"are \(1, 5, 2, 2\), planned were \(1, 5, 2, 1\)"),
     ],
@@ -221,31 +220,6 @@ def test_tensors_that_do_not_fit_are_refused(change: dict[str, int], message: st
     plan = varlen_plan(layout([[0, 5]], 5, FULL))
     with pytest.raises(ModelError, match=message):
         varlen_attention(*qkv(**({"B": 1, "H": 2, "K": 1, "T": 5} | change)), plan)
-
-
-class OnCuda:
-    """A tensor's looks on a GPU, for the checks in front of the kernel."""
-
-    def __init__(self, dtype: torch.dtype, width: int) -> None:
-        self.device, self.dtype, self.shape = torch.device("cuda"), dtype, (4, 2, width)
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "width", "message"),
-    [
-        ([torch.float32] * 3, 8, "needs bfloat16 or float16, the tensors are float32: load the model in bfloat16"),
-        ([torch.bfloat16, torch.float16, torch.bfloat16], 8, "the tensors are bfloat16, float16"),
-        ([torch.bfloat16] * 3, 264, "takes head dims up to 256, the tensors have 264: use backend=grouped"),
-        ([torch.bfloat16] * 3, 256, None),
-    ],
-)
-def test_the_kernel_s_demands_are_checked(dtypes: list[torch.dtype], width: int, message: str | None) -> None:
-    tensors: list[Any] = [OnCuda(dtype, width) for dtype in dtypes]
-    if message is None:
-        varlen._check_tensors(*tensors)
-        return
-    with pytest.raises(ModelError, match=message):
-        varlen._check_tensors(*tensors)
 
 
 def test_a_flash_attn_build_that_is_not_there_is_one_line() -> None:

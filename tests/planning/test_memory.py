@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,13 @@ import torch
 from planning_cases import llama_2_7b, recipe, small
 from transformers import AutoModelForCausalLM
 
+from longlora.artifacts import RunFolder
+from longlora.bench.inputs import random_shard
 from longlora.config import Recipe
-from longlora.model.adapters import add_adapter
+from longlora.data.shards import open_shard
+from longlora.model.adapters import add_adapter, cast_to_compute_dtype
+from longlora.model.attention import apply_attention
+from longlora.model.levers import apply_memory_levers
 from longlora.planning import rehearsal
 from longlora.planning.machines import Machine, gpu, this_machine
 from longlora.planning.memory import Memory, peak_memory
@@ -43,6 +51,59 @@ def test_weights_are_those_of_a_real_model() -> None:
     assert made.trained_weights == sizes[True]
     assert made.frozen_weights + made.frozen_copies == sizes[False] + buffers
     assert made.optimizer == 2 * sizes[True]
+
+
+@contextlib.contextmanager
+def real_model(config: Any, settings: Recipe) -> Iterator[Any]:
+    """What `rehearsal._fake_model` makes, with tensors that hold something."""
+    model = add_adapter(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), settings.adapter)
+    cast_to_compute_dtype(model, torch.bfloat16)
+    apply_memory_levers(model, settings)
+    apply_attention(model, settings.attention, settings.context.context_length)
+    yield model.train()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train.activation_checkpointing": False},
+        {"train.mlp_tile_tokens": 128, "train.micro_batch_size": 2},
+        {"attention.pattern": "full", "train.grad_accum_steps": 2},
+    ],
+)
+def test_the_rehearsal_counts_what_a_step_with_real_tensors_holds(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, settings = small(num_hidden_layers=3), recipe(1024, **changes)
+    fake = rehearsal._rehearse(config, settings)
+    monkeypatch.setattr(rehearsal, "_fake_model", real_model)
+    real = rehearsal._rehearse(config, settings)
+    for phase, held in real.items():
+        for kind, size in held.items():
+            assert fake[phase][kind] == pytest.approx(size, rel=0.01, abs=20_000), (phase, kind)
+
+
+def test_occurring_rows_are_counted_once_the_shard_is_prepared(tmp_path: Path) -> None:
+    config = small(vocab_size=4096)
+    rows = recipe(1024, **{"adapter.embedding_rows": "occurring"}).model_copy(update={"run_dir": str(tmp_path)})
+    before = memory(rows, config)
+    assert before.optimizer == memory(recipe(1024), config).optimizer
+    random_shard(RunFolder(tmp_path), 1024, rows=1)
+    after = memory(rows, config)
+    occurring = len(open_shard(RunFolder(tmp_path).train_shard, None).occurring_tokens())
+    assert before.optimizer - after.optimizer == 8 * 64 * (4096 - occurring)
+    assert after.peak < before.peak
+
+
+def test_the_final_phase_with_full_attention_counts_where_it_takes_more() -> None:
+    """Soft-capped scores are written out: a whole row of them is more than a group's."""
+    config = small("gemma2", num_hidden_layers=2, sliding_window=64, query_pre_attn_scalar=16)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    sparse, full = recipe(8192), recipe(8192, **{"attention.pattern": "full"})
+    both = recipe(8192, **{"attention.full_attention_final_fraction": 0.1})
+    peaks = [memory(each, config).peak for each in (sparse, full, both)]
+    assert peaks[2] == max(peaks)
 
 
 def test_layers_beyond_the_rehearsed_ones_are_counted_exactly() -> None:

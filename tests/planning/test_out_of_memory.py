@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import Any
 
 import pytest
 import torch
 from planning_cases import recipe, small
 
+from longlora.memory.limit import limited_memory
 from longlora.planning.levers import levers, with_settings
 from longlora.planning.machines import this_machine
 from longlora.planning.memory import peak_memory
-from longlora.planning.out_of_memory import explain_out_of_memory, is_out_of_memory
+from longlora.planning.out_of_memory import explain_out_of_memory, explained_out_of_memory, is_out_of_memory
 from longlora.planning.outline import outline
 
 CPU = torch.device("cpu")
@@ -66,7 +69,7 @@ def test_the_largest_part_and_its_lever_are_named(
 ) -> None:
     config, chosen = small(**sizes), recipe(8192, **settings)
     memory = peak_memory(config, chosen, outline(config, chosen), this_machine())
-    line = explain_out_of_memory(real_errors()[-1], chosen, memory, CPU, step=3)
+    line = explain_out_of_memory(real_errors()[-1], chosen, memory, CPU, step=3, resumable=True)
     assert "\n" not in line
     assert line.startswith("out of memory on cpu in step 3 (")
     assert f"most of it {largest} (" in line
@@ -75,18 +78,39 @@ def test_the_largest_part_and_its_lever_are_named(
 
 
 def test_without_a_plan_the_cheapest_lever_is_named() -> None:
-    line = explain_out_of_memory(MemoryError(), recipe(**{"train.loss_chunk_tokens": 2048}), None, CPU, step=1)
+    chosen = recipe(**{"train.loss_chunk_tokens": 2048})
+    line = explain_out_of_memory(MemoryError(), chosen, None, CPU, step=0, resumable=False)
     assert "planned" not in line
-    assert "(no message)" in line
-    assert "resume with train.loss_chunk_tokens=256" in line
+    assert "before the first step (no message)" in line
+    assert "train again with train.loss_chunk_tokens=256 (there is no checkpoint yet)" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the limit")
+def test_a_process_that_outgrows_its_memory_gets_an_error_instead_of_being_killed() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with limited_memory(200 * 2**20):
+        small = torch.ones(2**20)
+        with pytest.raises(RuntimeError) as caught:
+            torch.ones(2**28)
+        assert is_out_of_memory(caught.value)
+    assert small.sum() == 2**20
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert torch.ones(2**26).sum() == 2**26
+
+
+def test_an_error_of_another_kind_is_not_touched() -> None:
+    with (
+        pytest.raises(ValueError, match="something else"),
+        explained_out_of_memory(recipe(), None, CPU, step=lambda: 1, resumable=lambda: False),
+    ):
+        raise ValueError("something else")
 
 
 def test_what_is_pulled_already_is_not_proposed() -> None:
     pulled = recipe(**{"train.mlp_tile_tokens": 64, "adapter.train_embeddings": False})
     assert levers(pulled, cuda=False) == []
-    assert "no lever is left, lower context.context_length" in explain_out_of_memory(
-        MemoryError(), pulled, None, CPU, step=1
-    )
+    line = explain_out_of_memory(MemoryError(), pulled, None, CPU, step=1, resumable=False)
+    assert "no lever is left, lower context.context_length" in line
     assert [str(lever) for lever in levers(pulled, cuda=True)] == [
         "train.optimizer=adamw_8bit", "train.activation_offload=true", "model.quantization=nf4",
     ]  # fmt: skip

@@ -5,8 +5,11 @@ In: queries, keys, values, document bounds and a pattern. Out: the output [B, T,
 | backend | device | what it can't do |
 |---|---|---|
 | `grouped` | any | - |
-| `varlen` | NVIDIA, compute capability 8.0 | float32, dropout, soft-capped scores, learned sinks, head dim over 256 |
-| `flex` | that, or ROCm | dropout, head dim under 16, over 128 on cards with little shared memory |
+| `varlen` | NVIDIA, compute capability 8.0 | float32, dropout, soft caps, learned sinks, head dim over 256, 193-224 * |
+| `flex` | NVIDIA, compute capability 8.0; ROCm | dropout, head dim under 16, over 128 * |
+
+`*`: on cards with little shared memory.
+`_obstacles` is this table, and the only place that knows it: the backends themselves check that tensors fit their plan.
 
 UNVERIFIED ON HARDWARE: what cards can't do is read from torch's sources and issues.
 """
@@ -160,15 +163,15 @@ def _obstacles(
             (dropout, "has no attention dropout"),
             (softcap, "has no soft cap"),
             (learned_sinks, "has no learned sinks"),
-            (widest > 256, "takes head dims up to 256"),
-            (small and 192 < widest <= 224, "has no backward for head dims from 193 to 224 on this card"),
+            (widest > 256, f"takes head dims up to 256, not {widest}"),
+            (small and 192 < widest <= 224, f"has no backward for head dim {widest} on this card"),
         ),
         "flex": _first(
             no_cuda,
             too_old,
             (dropout, "has no attention dropout"),
-            (min(head_dims) < 16, "takes head dims from 16 on"),
-            (small and widest > 128, "takes head dims up to 128 on this card"),
+            (min(head_dims) < 16, f"takes head dims from 16 on, not {min(head_dims)}"),
+            (small and widest > 128, f"takes head dims up to 128 on this card, not {widest}"),
         ),
     }
 

@@ -2,7 +2,8 @@
 
 Every check compares outputs of the whole model in training mode, through transformers, not of our functions alone. A
 check that a broken switch could pass is paired with one that it can't: sparse attention must also differ from full
-attention. Gradients are in `check_gradients.py`; tests/attention/test_check.py shows for each check what makes it fail.
+attention. Gradients are in `check_gradients.py`, bfloat16 is in `check_bfloat16.py`. What makes each check fail is in
+tests/attention/test_check.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from longlora.attention.check_bfloat16 import gradients_agree, in_bfloat16, rounds_as_full_attention
 from longlora.attention.check_gradients import gradients_are_right, gradients_reach
 from longlora.attention.layers import attention_modules, has_window, layer_numbers
 from longlora.attention.pattern import FULL
-from longlora.attention.probing import ProbeSettings, as_it_was, logits, tokens, tolerance, training_with, vocabulary
+from longlora.attention.probing import (
+    Outcome,
+    ProbeSettings,
+    as_it_was,
+    largest_difference,
+    logits,
+    packed_documents,
+    tokens,
+    tolerance,
+    training_with,
+    vocabulary,
+)
 from longlora.attention.registry import settings_of, use_full, use_s2
 from longlora.errors import LongLoraError, UnsupportedModelError
 
@@ -27,29 +40,30 @@ _SMALL = ProbeSettings()
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the self-check; `detail` holds the measured number and its limit."""
+    """One line of the self-check."""
 
     name: str
-    passed: bool
+    passed: bool | None
+    """None if there is nothing to compare with: with full attention the model doesn't do it either."""
     detail: str
+    """The measured number and its limit, or what went wrong."""
 
 
-Outcome = tuple[bool, str]
 _Check = Callable[[PreTrainedModel, ProbeSettings], Outcome]
 
 
 def check_model(
     model: PreTrainedModel, settings: ProbeSettings | None = _SMALL, *, bfloat16: bool | None = None
 ) -> Iterator[CheckResult]:
-    """Run all checks on `model`, in float32, yielding each result as it is known.
+    """Run all checks on `model`, which is in float32, yielding each result as it is known.
 
     The model is left as it was, but with full attention.
 
     Args:
         settings: what training would use, on groups of some tokens; None is the model's own attention, of which the
             checks ask what has nothing to do with groups.
-        bfloat16: compare bfloat16, under autocast, with float32 as well; if None, on CUDA only, where other backends
-            compute it.
+        bfloat16: check under autocast as well, with the backend that training has; if None, on CUDA only, where that is
+            one that float32 does not reach.
     """
     if bfloat16 is None:
         bfloat16 = model.device.type == "cuda"
@@ -91,7 +105,12 @@ def _checks(
         ("gradients are those of the loss", gradients_are_right, exact),
     ]
     if settings is not None and bfloat16:
-        checks += [("bfloat16 is as exact as with full attention", _bfloat16_is_exact, settings)]
+        again = (_no_leak, _documents_are_isolated, _padding_changes_nothing, gradients_reach)
+        checks += [(f"in bfloat16 {name}", in_bfloat16(check), settings) for name, check, _ in checks if check in again]
+        checks += [
+            ("in bfloat16 gradients are those of the grouped backend", gradients_agree, settings),
+            ("in bfloat16 logits are as exact as with full attention", rounds_as_full_attention, settings),
+        ]
     return [(name, lambda check=check, own=own: check(model, own)) for name, check, own in checks]  # type: ignore[misc]
 
 
@@ -106,7 +125,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
             passed, _ = _documents_are_isolated(model, _SMALL)
         except UnsupportedModelError:
             passed, _ = _documents_are_isolated(model, None)
-    return passed
+    return bool(passed)
 
 
 def _has_groups(model: PreTrainedModel, settings: ProbeSettings) -> bool:
@@ -121,7 +140,7 @@ def _has_groups(model: PreTrainedModel, settings: ProbeSettings) -> bool:
 
 
 def _compare(model: PreTrainedModel, one: Tensor, other: Tensor) -> Outcome:
-    limit, found = tolerance(one, model), (one - other).abs().max().item()
+    limit, found = tolerance(one, model), largest_difference(one, other, model)
     return found <= limit, f"largest difference of logits {found:.2g}, limit {limit:.2g}"
 
 
@@ -141,7 +160,8 @@ def _no_leak(model: PreTrainedModel, settings: ProbeSettings | None) -> Outcome:
             for position in sorted({1, group // 2, group, 2 * group + group // 4, length - 1}):
                 changed = ids.clone()
                 changed[0, position] = (changed[0, position] + 1) % vocabulary(model)
-                worst = max(worst, (logits(model, changed) - before)[:, :position].abs().max().item())
+                after = logits(model, changed)
+                worst = max(worst, largest_difference(after[:, :position], before[:, :position], model))
         limit = tolerance(before, model)
     return worst <= limit, f"largest change before a changed token {worst:.2g}, limit {limit:.2g}"
 
@@ -177,16 +197,8 @@ def _long_group_is_full(model: PreTrainedModel, settings: ProbeSettings) -> Outc
     return _compare(model, _training_logits(model, None, ids), _training_logits(model, one_group, ids))
 
 
-def _packed(model: PreTrainedModel, settings: ProbeSettings | None) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Two documents, both in one row, and their positions."""
-    group = (settings or _SMALL).group_size
-    documents = [tokens(model, 2 * group + 3, seed=1), tokens(model, group + 7, seed=2)]
-    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None].to(model.device)
-    return documents, torch.cat(documents, dim=1), positions
-
-
 def _documents_are_isolated(model: PreTrainedModel, settings: ProbeSettings | None) -> Outcome:
-    documents, packed, positions = _packed(model, settings)
+    documents, packed, positions = packed_documents(model, (settings or _SMALL).group_size)
     with training_with(model, settings):
         alone = torch.cat([logits(model, document) for document in documents], dim=1)
         return _compare(model, alone, logits(model, packed, position_ids=positions))
@@ -211,23 +223,3 @@ def _evaluation_is_full(model: PreTrainedModel, settings: ProbeSettings) -> Outc
     full = logits(model.eval(), ids)
     use_s2(model, **vars(settings))
     return _compare(model, full, logits(model, ids))
-
-
-def _bfloat16_is_exact(model: PreTrainedModel, settings: ProbeSettings) -> Outcome:
-    """Rounding may do to sparse attention what it does to full attention, on two packed documents."""
-    _, ids, positions = _packed(model, settings)
-
-    def rounding(exact: ProbeSettings | None, rounded: ProbeSettings | None) -> float:
-        expected = _training_logits(model, exact, ids, position_ids=positions)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            found = _training_logits(model, rounded, ids, position_ids=positions)
-        # Rounding sends a few tokens to other experts, which is a large error that says nothing of attention.
-        return (found - expected).abs().amax(-1).quantile(0.75).item()
-
-    try:
-        full = rounding(None, None)
-    except RuntimeError as error:  # some mixtures of experts add float32 to bfloat16
-        return True, f"not compared: the model itself does not run under autocast ({str(error).splitlines()[0]})"
-    sparse = rounding(settings.for_float32(), settings)
-    limit = 3 * full + tolerance(_training_logits(model, None, ids), model)
-    return sparse <= limit, f"error of logits {sparse:.2g} (with full attention {full:.2g}), limit {limit:.2g}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longlora.attention.layers import attention_modules
-from longlora.attention.probing import ProbeSettings, tokens, training_with
+from longlora.attention.probing import Outcome, ProbeSettings, tokens, training_with
 
 # Parts of the length of what is moved: large ones meet the curvature of the loss, and the jumps where a router chooses
 # another expert, small ones its rounding. Most models agree at the first or second.
@@ -25,7 +25,7 @@ _LIMIT = 5e-3
 _SMALL = 4096
 
 
-def gradients_reach(model: PreTrainedModel, settings: ProbeSettings | None) -> tuple[bool, str]:
+def gradients_reach(model: PreTrainedModel, settings: ProbeSettings | None) -> Outcome:
     """Whether every weight matrix that gets a gradient with full attention gets one with `settings`, all finite."""
     # Experts that no token chose and the like get no gradient with any attention.
     full, _ = _reached(model, None, settings)
@@ -37,12 +37,12 @@ def gradients_reach(model: PreTrainedModel, settings: ProbeSettings | None) -> t
     return bool(full) and not missing and not broken, detail
 
 
-def gradients_are_right(model: PreTrainedModel, settings: ProbeSettings | None) -> tuple[bool, str]:
+def gradients_are_right(model: PreTrainedModel, settings: ProbeSettings | None) -> Outcome:
     """Compare gradients with differences of the loss: along themselves, and along those of full attention.
 
     A gradient that lacks a part is its own direction's true derivative; that of full attention has the part.
     """
-    probe = _Probe(model, _ids(model, settings))
+    probe = GradientProbe(model, probe_tokens(model, settings))
     with training_with(model, None):
         full = probe.gradient()
         own_error = probe.error(full, full)
@@ -52,11 +52,12 @@ def gradients_are_right(model: PreTrainedModel, settings: ProbeSettings | None) 
             return False, f"the gradient of the token embeddings has length {gradient[0].norm().item():.2g}"
         error = max(probe.error(gradient, along) for along in (gradient, full))
     if own_error > _LIMIT:  # HRM leaves parts out on purpose
-        return True, f"not compared: with full attention they differ from those of the loss by {own_error:.1g}"
+        return None, f"not compared: with full attention they differ from those of the loss by {own_error:.1g}"
     return error <= _LIMIT, f"differ from those of the loss by {error:.1g} of their size, limit {_LIMIT:.1g}"
 
 
-def _ids(model: PreTrainedModel, settings: ProbeSettings | None) -> Tensor:
+def probe_tokens(model: PreTrainedModel, settings: ProbeSettings | None) -> Tensor:
+    """One row of more than two groups."""
     return tokens(model, 2 * (settings or ProbeSettings()).group_size + 5)
 
 
@@ -88,11 +89,11 @@ def _reached(
             parameter.requires_grad_(parameter.ndim >= 2 and parameter.is_floating_point())
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(look).remove)
-        _loss(model, _ids(model, settings)).backward()
+        _loss(model, probe_tokens(model, settings)).backward()
     return moving, broken
 
 
-class _Probe:
+class GradientProbe:
     """The loss on `ids` as a function of the token embeddings, and of weights that attention itself is given.
 
     Those are small, such as learned sinks, and the embeddings do not feel them: each is moved alone.

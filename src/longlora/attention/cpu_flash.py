@@ -175,7 +175,7 @@ class _PieceAttention(torch.autograd.Function):
             out_NXSD, sum_NXS = _forward(queries, keys, values, 0.0, mask is None, attn_mask=mask, scale=scaling)
             if sink_logits_H is not None:
                 more_NXS = torch.logaddexp(sum_NXS, _logits(piece, sink_logits_H, sum_NXS))
-                out_NXSD = out_NXSD * (sum_NXS - more_NXS).exp()[..., None].to(out_NXSD.dtype)
+                out_NXSD.mul_((sum_NXS - more_NXS).exp()[..., None])  # one rounding: computed in the dtype of the sums
                 sum_NXS = more_NXS
             for place, made in piece.places(piece.of_queries(out_BHTD), out_NXSD):
                 place.copy_(made)
@@ -190,7 +190,9 @@ class _PieceAttention(torch.autograd.Function):
         out, grad = out_BTHD.transpose(1, 2), grad_outputs[0].transpose(1, 2)
         q_grad = torch.zeros_like(q) if _has_gaps(ctx.pieces, q) else torch.empty_like(q)
         k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
-        logits_grad = None if sink_logits_H is None else torch.zeros_like(sink_logits_H)
+        # Hundreds of pieces of a window layer add to one number: in bfloat16 small ones would vanish.
+        summed_in = torch.promote_types(q.dtype, torch.float32)
+        logits_grad = None if sink_logits_H is None else torch.zeros_like(sink_logits_H, dtype=summed_in)
         masks = WindowMasks()
         for piece, sum_NXS in zip(ctx.pieces, sums, strict=True):
             mask = masks.get(piece.size, piece.history, q) if piece.history else None
@@ -208,6 +210,8 @@ class _PieceAttention(torch.autograd.Function):
                 share_NXS = (_logits(piece, sink_logits_H, sum_NXS) - sum_NXS).exp()
                 first = piece.heads.query_start
                 logits_grad[first : first + piece.heads.query_heads] -= (share_NXS * delta_NXS).sum((0, 2))
+        if logits_grad is not None:
+            logits_grad = logits_grad.to(sink_logits_H.dtype)
         return q_grad, k_grad, v_grad, logits_grad, None, None
 
 

@@ -29,12 +29,10 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from longlora.attention.layout import Layout
 from longlora.attention.pattern import S2Pattern, shifted_heads
-from longlora.errors import ModelError
 
 # The kernel's tiles are at most 128 wide. A list holds up to N blocks (the queries that see a sink token), for every
 # head, so larger blocks keep the lists of long sequences at 4 MiB a head.
 _SMALLEST_BLOCK, _MOST_BLOCKS = 128, 1024
-_SMALLEST_HEAD_DIM = 16
 # Lists get one of few widths: a new width is a new shape, for which the compiler may have to make a kernel.
 _WIDTH_STEP = 8
 # One is needed for each kind of call: one row or more, one grid or two, with sinks, capped, with gradients; and a few
@@ -101,7 +99,7 @@ def flex_s2_attention(
         Output [B, T, H, D of the values]; 0 at padding.
 
     Raises:
-        ModelError: the tensors do not fit the plan, or the kernel does not take them.
+        ModelError: the tensors do not fit the plan.
     """
     plan.layout.require(q_BHTD, k_BKTD)
     device = q_BHTD.device.type
@@ -125,19 +123,8 @@ def flex_s2_attention(
     return out_BHTD.transpose(1, 2)
 
 
-def _kernel(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, **arguments: Any) -> Any:
-    """Compiled `flex_attention`, after checks. The tests put the uncompiled function here."""
-    device, width = q_BHTD.device.type, min(q_BHTD.shape[-1], v_BKTD.shape[-1])
-    if device != "cuda":
-        raise ModelError(f"backend flex needs a CUDA device, the tensors are on {device}: use backend=grouped")
-    if width < _SMALLEST_HEAD_DIM:
-        raise ModelError(
-            f"backend flex takes head dims from {_SMALLEST_HEAD_DIM} on, the tensors have {width}: use backend=grouped"
-        )
-    return _run_compiled(q_BHTD, k_BKTD, v_BKTD, **arguments)
-
-
-def _run_compiled(*tensors: Tensor, **arguments: Any) -> Any:
+def _kernel(*tensors: Tensor, **arguments: Any) -> Any:
+    """Compiled `flex_attention`. The tests put the uncompiled function here."""
     with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
         return _compiled()(*tensors, **arguments)
 

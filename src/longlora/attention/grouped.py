@@ -3,25 +3,34 @@
 B batch, T tokens, H query heads, K key/value heads, D head dim, N groups, S tokens per group.
 
 Each group becomes one entry of the batch of `scaled_dot_product_attention`; keys and values are never repeated for
-grouped queries, and no T x T mask is built, so that memory is O(T). Sink tokens need no mask either: they are put in
-front of the queries, keys and values of each group, attention stays causal, and their own output rows are dropped. They
-are earlier than everything in the group, so causality is untouched. Without sinks groups are views, with them one copy.
+grouped queries, and no T x T mask is built, so that memory is O(T). Where no kernel of torch reads them in place for
+all query heads that share them, there is one call for each of these heads (`_scaled_dot_product`). Sink tokens need no
+mask either: they are put in front of the queries, keys and values of each group, attention stays causal, and their own
+output rows are dropped. They are earlier than everything in the group, so causality is untouched. Without sinks groups
+are views, with them one copy.
 
 Tensors are cut by `_split` and slices are only cut from short ones: the backward of a split is one concatenation, that
 of each slice a zero tensor as large as what it was cut from.
 
 On the CPU the same is done by `cpu_flash.py`, which calls the kernel itself and copies less.
+
+torch.compile traces all of it into one graph (tests/attention/test_grouped.py), for one packing: document bounds are
+Python integers. So in a compiled model attention runs between the graphs.
+
+UNVERIFIED ON HARDWARE: which kernels torch picks on CUDA is read from its sources.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from longlora.attention.cpu_flash import cpu_flash_attention
 from longlora.attention.masks import WindowMasks
@@ -96,7 +105,8 @@ def portable_attention(
         # 0 in every other key. Eight keep rows aligned.
         q_BHTD = F.pad(_with_number(q_BHTD, sink_logits_H / scaling), (0, 7))
         k_BKTD = F.pad(k_BKTD, (0, 8))
-    kernel = _Kernel(scaling, dropout, softcap, null_key=sink_logits_H is not None and softcap is None)
+    null_key = sink_logits_H is not None and softcap is None
+    kernel = _Kernel(scaling, dropout, softcap, null_key, WindowMasks())
     slices = head_slices(H, k_BKTD.shape[1], pattern_shift(pattern))
     outputs = []
     for bounds, *row in zip(bounds_B, *(_split(x, [1] * B, dim=0) for x in (q_BHTD, k_BKTD, v_BKTD)), strict=True):
@@ -123,7 +133,7 @@ class _Kernel:
     softcap: float | None
     null_key: bool
     """A key without a value stands before all others, for the learned sink."""
-    masks: WindowMasks = field(default_factory=WindowMasks)
+    masks: WindowMasks
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Causal if `mask` (0 or -inf, [S, S']) is None."""
@@ -131,10 +141,35 @@ class _Kernel:
             return soft_capped_attention(
                 q, k, v, mask, scaling=self.scaling, softcap=self.softcap, dropout=self.dropout
             )
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, dropout_p=self.dropout,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        return _scaled_dot_product(q, k, v, mask, self.scaling, self.dropout)
+
+
+def _scaled_dot_product(
+    q_NHSD: Tensor, k_NKSD: Tensor, v_NKSD: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    """In one call, or in one for each of the R query heads that share a key/value head: heads h with the same h % R."""
+    R = q_NHSD.shape[1] // k_NKSD.shape[1]
+    attention = partial(
+        F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout
+    )
+    if R == 1 or _takes_grouped_queries(q_NHSD, k_NKSD, v_NKSD, mask, dropout):
+        return attention(q_NHSD, k_NKSD, v_NKSD, enable_gqa=R > 1)
+    q_NKRSD = q_NHSD.unflatten(1, (-1, R))
+    return torch.stack([attention(q_NKSD, k_NKSD, v_NKSD) for q_NKSD in q_NKRSD.unbind(2)], dim=2).flatten(1, 2)
+
+
+def _takes_grouped_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether torch has a kernel for these that reads keys and values once for all query heads that share them.
+
+    On CUDA flash does, which takes no mask (windows), no float32, no T4 or V100. The memory-efficient kernel takes all
+    these, but as many key heads as query heads: with `enable_gqa` torch would fall to the plain formula, which repeats
+    keys and values and keeps all scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    if torch.compiler.is_compiling():  # which can't trace torch's answer; head by head is right everywhere
+        return False
+    return can_use_flash_attention(SDPAParams(q, k, v, mask, dropout, mask is None, True))
 
 
 def _document(q: Tensor, k: Tensor, v: Tensor, slices: list[HeadSlice], pattern: Pattern, kernel: _Kernel) -> Tensor:

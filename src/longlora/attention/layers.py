@@ -20,6 +20,13 @@ from longlora.errors import ModelError, UnsupportedModelError
 Shift = Literal["heads", "layers", "none"]
 """Where groups are shifted by half: in half of the heads of each layer, in every other layer, or nowhere."""
 
+# Kinds of layers with a window, and where a config has its size.
+_WINDOW_SIZES = {
+    "sliding_attention": "sliding_window",
+    "hybrid_sliding": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
+
 
 def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` whose layers count: all of it, or the language model inside one of several modalities.
@@ -72,16 +79,26 @@ def layer_numbers(modules: Sequence[nn.Module]) -> list[int]:
 
 
 def has_window(model: PreTrainedModel, module: nn.Module) -> bool:
-    """Whether a layer has a sliding or chunked window of its own, as its config says."""
+    """Whether a layer has a sliding or chunked window of its own, as its config says.
+
+    One that `hides_nothing` from the tokens the config allows is none; the layer is sparse up to that length.
+    """
     config: Any = model.config.get_text_config(decoder=True)
-    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
-    if window is not None and longest is not None and window >= longest:  # hides nothing (Phi 3.5)
-        return False
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
-        return window is not None
+        window = getattr(config, "sliding_window", None)
+        return window is not None and not hides_nothing(window, config)
     layer = getattr(module, "layer_idx", None)
-    return layer is not None and layer_types[layer] in ("sliding_attention", "chunked_attention", "hybrid_sliding")
+    if layer is None or layer_types[layer] not in _WINDOW_SIZES:
+        return False
+    window = getattr(config, _WINDOW_SIZES[layer_types[layer]], None)
+    return window is None or not hides_nothing(window, config)
+
+
+def hides_nothing(window: int, config: Any, tokens: int = 0) -> bool:
+    """Whether a window is as long as the longest text: the longest that a config names (Phi 3.5), or `tokens`."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest is not None and window >= max(int(longest), tokens)
 
 
 def layer_patterns(

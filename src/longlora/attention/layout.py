@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longlora.attention.pattern import Pattern, S2Pattern, Shift, check_bounds, pattern_shift
+from longlora.attention.pattern import HeadShift, Pattern, S2Pattern, check_bounds, pattern_shift
 from longlora.errors import ModelError
 
 
@@ -48,7 +48,7 @@ class Layout:
         return isinstance(self.pattern, S2Pattern) and max(lengths, default=0) > self.pattern.group_size
 
     @property
-    def shift(self) -> Shift:
+    def shift(self) -> HeadShift:
         """Which heads have the shifted grid; where no document is cut it is the same as the other."""
         return pattern_shift(self.pattern) if self.split else "none"
 

@@ -8,7 +8,9 @@ B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import Plans
-from longlora.attention.passes import AHEAD, CURRENT
+from longlora.attention.passes import AHEAD, current_pass
 from longlora.errors import ModelError
 
 _OWN_ATTENTION = "train with the model's own attention, which longlora.use_full(model) brings back"
@@ -33,12 +35,12 @@ class LazyMask:
         self._full: dict[str, Any] = {}
         self.plans = Plans()
         # Kept, because a layer may be computed again in the backward pass, after another forward pass.
-        self._pass = CURRENT.get()
+        self._pass = current_pass()
 
     @property
-    def full_pass(self) -> bool:
-        """Whether the forward pass is full attention in any mode of the model."""
-        return self._pass.full
+    def sparse(self) -> bool | None:
+        """Whether the forward pass is sparse, as decided when it began; None if it went past the hooks."""
+        return self._pass.sparse
 
     @property
     def window(self) -> int | None:
@@ -140,12 +142,33 @@ class LazyMask:
             )
 
 
+class WholeRows(LazyMask):
+    """A mask that takes each row for one document, and looks at no tensor to know."""
+
+    bounds_B = property(  # type: ignore[assignment]
+        lambda self: [[0, self._arguments["q_length"]]] * self._arguments["batch_size"]
+    )
+
+
+_KIND: ContextVar[type[LazyMask]] = ContextVar("longlora_mask", default=LazyMask)
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+    """Inside it each row is one document: for tensors that hold no values (`planning/rehearsal.py`)."""
+    token = _KIND.set(WholeRows)
+    try:
+        yield
+    finally:
+        _KIND.reset(token)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def lazy_mask(**arguments: Any) -> Any:
     """The mask function registered with transformers."""
     if (implementation := AHEAD.get()) is not None:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
-    return LazyMask(arguments)
+    return _KIND.get()(arguments)
 
 
 def _inner_bounds(bounds: Sequence[int], batch: int, tokens: int) -> list[int]:

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 
 from longlora.errors import ModelError
 
-Shift = Literal["half", "all", "none"]
+HeadShift = Literal["half", "all", "none"]
 """Which query heads of a layer use the shifted grid: the last half (the paper), all of them, or none."""
 
 
@@ -41,7 +41,7 @@ class S2Pattern:
 
     group_size: int
     sink_tokens: int = 0
-    shift: Shift = "half"
+    shift: HeadShift = "half"
 
     def __post_init__(self) -> None:
         if self.group_size < 2 or (self.group_size % 2 and self.shift != "none"):
@@ -52,8 +52,8 @@ class S2Pattern:
             raise ModelError(
                 f"sink_tokens={self.sink_tokens}: must be at least 0 and less than group_size={self.group_size}"
             )
-        if self.shift not in get_args(Shift):
-            raise ModelError(f"shift={self.shift!r} of a layer: must be one of {', '.join(get_args(Shift))}")
+        if self.shift not in get_args(HeadShift):
+            raise ModelError(f"shift={self.shift!r} of a layer: must be one of {', '.join(get_args(HeadShift))}")
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class Run:
         return self.start + self.size * self.count
 
 
-def shifted_heads(num_heads: int, shift: Shift = "half") -> int:
+def shifted_heads(num_heads: int, shift: HeadShift = "half") -> int:
     """How many of the last query heads use the shifted grid; half is rounded down."""
     return {"half": num_heads // 2, "all": num_heads, "none": 0}[shift]
 
 
-def pattern_shift(pattern: Pattern) -> Shift:
+def pattern_shift(pattern: Pattern) -> HeadShift:
     """Which heads are shifted; a window has none."""
     return pattern.shift if isinstance(pattern, S2Pattern) else "none"
 
@@ -155,7 +155,7 @@ class HeadSlice:
     shifted: bool
 
 
-def head_slices(query_heads: int, kv_heads: int, shift: Shift = "half") -> list[HeadSlice]:
+def head_slices(query_heads: int, kv_heads: int, shift: HeadShift = "half") -> list[HeadSlice]:
     """Cut the query heads into slices, in order, so that no key/value head needs to be copied.
 
     The border between unshifted and shifted heads may fall inside the query heads that share one key/value head

@@ -19,8 +19,13 @@ from longlora.attention.layers import Shift
 from longlora.attention.registry import S2_ATTENTION, s2_attention_forward, use_full, use_s2
 
 _GROUP = 16
+
+Outcome = tuple[bool | None, str]
+"""Of a check: whether it passed, None if there is nothing to compare with; and the measured number with its limit."""
+
 # What makes two passes in training mode differ, as parts of names: dropout, layer drop, noise of routers.
 _NOISE = ("drop", "jitter")
+_ROUTED = ("moe", "expert", "router")
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,13 @@ def tokens(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
     return torch.randint(vocabulary(model), (1, length), generator=generator).to(model.device)
 
 
+def packed_documents(model: PreTrainedModel, group: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Two documents, both in one row, and their positions."""
+    documents = [tokens(model, 2 * group + 3, seed=1), tokens(model, group + 7, seed=2)]
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None].to(model.device)
+    return documents, torch.cat(documents, dim=1), positions
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Tensor) -> Tensor:
     """In float32, in the mode that the model is in."""
@@ -159,6 +171,30 @@ def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Tensor) -> Tensor:
 
 
 def tolerance(logits: Tensor, model: PreTrainedModel) -> float:
-    """Rounding of the model's data type, relative to the spread of its logits."""
-    unit = 1e-4 if model.dtype is torch.float32 else 5e-2
+    """Rounding of the model's data type, or of autocast's, relative to the spread of its logits."""
+    unit = 1e-4 if model.dtype is torch.float32 and not _rounds(model) else 5e-2
     return unit * (logits.max() - logits.min()).item()
+
+
+def largest_difference(one_BTV: Tensor, other_BTV: Tensor, model: PreTrainedModel) -> float:
+    """Of the logits of any token; under autocast with the exception of `worst_token`."""
+    return worst_token((one_BTV - other_BTV).abs().amax(-1), _rounds(model) and routes_tokens(model))
+
+
+def worst_token(error_T: Tensor, routed: bool) -> float:
+    """The largest error of a token; if tokens are `routed` and rounded, that of three quarters of them.
+
+    Where two experts are next to equal, rounding sends a token to the other one: a large error of few tokens that says
+    nothing about attention. Where nothing is routed a single wrong token is a mistake.
+    """
+    return error_T.flatten().quantile(0.75).item() if routed else error_T.max().item()
+
+
+def routes_tokens(model: PreTrainedModel) -> bool:
+    """Whether the model is a mixture of experts, by the names of its classes."""
+    names = {type(module).__name__.lower() for module in model.modules()}
+    return any(part in name for name in names for part in _ROUTED)
+
+
+def _rounds(model: PreTrainedModel) -> bool:
+    return torch.is_autocast_enabled(model.device.type)

@@ -14,22 +14,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from longlora.attention.backends import Backend, attend, choose_backend
+from longlora.attention.backends import Backend, attend
 from longlora.attention.full import full_attention_forward
 from longlora.attention.layers import (
     Shift,
     attention_modules,
     describe_layers,
     has_window,
+    hides_nothing,
     layer_numbers,
     layer_patterns,
     text_decoder,
 )
 from longlora.attention.lazy_mask import LazyMask, lazy_mask
-from longlora.attention.passes import CURRENT, unwatch_passes, watch_passes
+from longlora.attention.passes import current_pass, unwatch_passes, watch_passes
 from longlora.attention.pattern import Pattern, S2Pattern, WindowPattern
 from longlora.attention.rolled import rolled_attention
-from longlora.attention.settings import SETTINGS, S2Settings, settings_of
+from longlora.attention.settings import S2_ATTENTION, SETTINGS, S2Settings, settings_of, usual_attention
 from longlora.attention.support import (
     layer_choice,
     require_backend,
@@ -44,13 +45,12 @@ __all__ = [
     "S2_ATTENTION",
     "describe_attention",
     "is_sparse",
+    "register",
     "s2_attention_forward",
     "settings_of",
     "use_full",
     "use_s2",
 ]
-
-S2_ATTENTION = "s2_attn"
 
 
 def use_s2(
@@ -67,9 +67,10 @@ def use_s2(
     """Train `model` with shifted sparse attention; evaluation and generation stay full attention.
 
     The sparse pattern acts while the model is in training mode (``model.train()``), also in passes without gradients;
-    in ``model.generate(...)`` attention is full in any mode. The settings live on the model: two models in one process
-    may differ, and a deep copy keeps them. Layers with a sliding or chunked window keep it, and so do the vision and
-    audio towers of models of several modalities.
+    in ``model.generate(...)`` attention is full in any mode. Sparse passes fill no KV cache, ``use_cache=True`` or not,
+    and refuse one that is given. The settings live on the model: two models in one process may differ, and a deep copy
+    keeps them. Layers with a sliding or chunked window keep it, and so do the vision and audio towers of models of
+    several modalities.
 
     A document begins where ``position_ids`` restart, ``seq_idx`` changes or ``cu_seq_lens_q`` says so. Positions that
     skip ahead (0, 1, 2, 100, as in PoSE) begin one as well if there is no ``attention_mask``, because transformers
@@ -109,12 +110,17 @@ def use_s2(
     require_backend(backend)
     full_attention = _full_attention(decoder, modules)
     patterns = layer_patterns(decoder, modules, pattern, shift, chosen)
-    AttentionInterface.register(S2_ATTENTION, s2_attention_forward)
-    AttentionMaskInterface.register(S2_ATTENTION, lazy_mask)
+    register()
     for module, own in zip(modules, patterns, strict=True):
         setattr(module, SETTINGS, S2Settings(own, full_attention, backend, sparse_in_evaluation, wraparound))
     decoder.set_attn_implementation(S2_ATTENTION)
     watch_passes(base, full_attention, sparse_in_evaluation=sparse_in_evaluation)
+
+
+def register() -> None:
+    """Make the attention known to transformers in this process, for all models; only those of `use_s2` have it."""
+    AttentionInterface.register(S2_ATTENTION, s2_attention_forward)
+    AttentionMaskInterface.register(S2_ATTENTION, lazy_mask)
 
 
 def use_full(model: nn.Module) -> None:
@@ -138,17 +144,17 @@ def is_sparse(model: nn.Module) -> bool:
 
 
 def describe_attention(model: nn.Module) -> str:
-    """One line for a person: what attention does in training in each layer, and which backend computes it."""
+    """One line for a person: what attention does in training in each layer.
+
+    Which backend computes it depends on the tensors that reach it (autocast, soft caps): it is logged when they do.
+    """
     decoder = text_decoder(transformers_model(model, compiled=True))
     modules = attention_modules(decoder)
     settings = [getattr(module, SETTINGS) for module in modules if hasattr(module, SETTINGS)]
     if decoder.config._attn_implementation != S2_ATTENTION or not settings:
         return f"full in all layers ({decoder.config._attn_implementation})"
-    weight = next(decoder.parameters())
-    backend = choose_backend(settings[0].backend, weight.device, weight.dtype)
     windows = [has_window(decoder, module) for module in modules]
-    layers = describe_layers(layer_numbers(modules), windows, [own.pattern for own in settings])
-    return f"{layers}; backend {backend}"
+    return describe_layers(layer_numbers(modules), windows, [own.pattern for own in settings])
 
 
 # Its document bounds are Python integers, of which each value would be a graph of its own.
@@ -177,8 +183,13 @@ def s2_attention_forward(
     """
     settings = settings_of(module)
     # `generate` with a static cache hands over tensors; those of other passes know which pass they were made for.
-    full_pass = attention_mask.full_pass if isinstance(attention_mask, LazyMask) else CURRENT.get().full
-    if full_pass or not (module.training or settings.sparse_in_evaluation):
+    sparse = attention_mask.sparse if isinstance(attention_mask, LazyMask) else current_pass().sparse
+    if sparse is None and (module.training or settings.sparse_in_evaluation):
+        raise ModelError(
+            f"{type(module).__name__} was reached past the hooks of its decoder, so S2-Attn does not know what the "
+            "pass is: call model(...), not model.forward(...)"
+        )
+    if not sparse:
         own = {name: value for name, value in (("softcap", softcap), ("s_aux", s_aux)) if value is not None}
         return full_attention_forward(
             settings.full_attention, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
@@ -191,11 +202,11 @@ def s2_attention_forward(
         )
     require_computable(module, kwargs)
     window = attention_mask.window
-    if window is not None and window >= getattr(module.config, "max_position_embeddings", window + 1):
-        window = None  # hides nothing: see `has_window`
+    if window is not None and hides_nothing(window, module.config, tokens=query.shape[2]):
+        window = None
     pattern: Pattern = settings.pattern if window is None else WindowPattern(window)
     if settings.wraparound and window is None:
-        _require_plain(attention_mask.bounds_B, query.shape[2], softcap, s_aux)
+        _require_plain(attention_mask.bounds_B, query.shape[2], dropout, softcap, s_aux)
         return rolled_attention(query, key, value, settings.pattern.group_size, scaling), None
     output = attend(
         query, key, value, attention_mask.bounds_B, pattern, backend=settings.backend, scaling=scaling,
@@ -205,9 +216,16 @@ def s2_attention_forward(
     return output, None
 
 
-def _require_plain(bounds_B: list[list[int]], tokens: int, softcap: float | None, s_aux: Tensor | None) -> None:
+def _require_plain(
+    bounds_B: list[list[int]], tokens: int, dropout: float, softcap: float | None, s_aux: Tensor | None
+) -> None:
     if any(bounds != [0, tokens] for bounds in bounds_B):
         raise ModelError("wraparound takes one unpadded document a row; turn it off for packed or padded batches")
+    if dropout:
+        raise ModelError(
+            f"wraparound computes no attention dropout, and this is {dropout:g}; set attention_dropout=0 in the "
+            "model's config, or turn wraparound off"
+        )
     if softcap is not None or s_aux is not None:
         raise ModelError("wraparound computes no soft-capped scores and no learned sinks; turn it off for this model")
 
@@ -216,4 +234,5 @@ def _full_attention(decoder: PreTrainedModel, modules: list[nn.Module]) -> str:
     """The full-attention implementation that `decoder` has, or had before `use_s2`."""
     if decoder.config._attn_implementation != S2_ATTENTION:
         return str(decoder.config._attn_implementation)
-    return next((getattr(m, SETTINGS).full_attention for m in modules if hasattr(m, SETTINGS)), "sdpa")
+    before = (getattr(module, SETTINGS).full_attention for module in modules if hasattr(module, SETTINGS))
+    return next(before, usual_attention(type(modules[0])))

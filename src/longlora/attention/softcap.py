@@ -18,8 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from longlora.attention.masks import causal_mask
 
-# Scores of one block over all heads, 64 MiB in float32; and the rows below which more calls cost more than they save.
-_SCORES, _MIN_ROWS = 2**24, 64
+# Scores of one block over all heads, 32 MiB in float32: larger ones outgrow caches and what malloc keeps (2**24 took
+# half as long again in float32 with head dim 64), smaller ones add up more gradients of keys (2**22 took a quarter more
+# in bfloat16 with head dim 256; 3072 tokens, one CPU core). And the rows below which calls cost more than they save.
+_SCORES, _MIN_ROWS = 2**23, 64
+# A segment is at least this many blocks, as long as they have enough rows: a block has no keys after its last query, so
+# that of the scores above the diagonal a quarter is computed.
+_BLOCKS = 4
 
 
 def soft_capped_attention(
@@ -41,8 +46,8 @@ def soft_capped_attention(
     """
     _, H, S, _ = q_NHSD.shape
     keys = k_NKSD.shape[2]
-    together = max(1, _SCORES // (H * S * keys))
-    rows = max(_MIN_ROWS, _SCORES // (H * keys))
+    rows = min(S, max(_MIN_ROWS, min(-(-S // _BLOCKS), _SCORES // (H * keys))))
+    together = max(1, _SCORES // (H * rows * keys))
     outputs = []
     for q, k, v in zip(q_NHSD.split(together), k_NKSD.split(together), v_NKSD.split(together), strict=True):
         blocks = q.split(rows, dim=2)

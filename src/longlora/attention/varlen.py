@@ -10,7 +10,7 @@ repeated for grouped queries.
 
 The kernel is torch's own, or that of the flash-attn build (the package, or one from the kernels hub) which the model's
 full attention uses: load the model with ``attn_implementation="flash_attention_2"`` to have it, and with ``"sdpa"`` to
-have torch's. Which one it is, is logged.
+have torch's. Which one it is, is logged. What tensors and cards it takes, `choose_backend` in `backends.py` knows.
 
 UNVERIFIED ON HARDWARE: no kernel has run on a GPU yet, neither torch's nor a flash-attn build's. The CPU tests check
 the index against the definition of the pattern, and all around the kernel with an emulation of its contract, under
@@ -34,8 +34,8 @@ from longlora.attention.pattern import HeadSlice, head_slices
 from longlora.attention.varlen_index import NO_WINDOW, VarlenIndex, varlen_index
 from longlora.errors import ModelError
 
-# What the flash kernels take: head dims that are multiples of 8, up to 256.
-_HEAD_DIM_STEP, _HEAD_DIM_LIMIT = 8, 256
+# The flash kernels take head dims that are multiples of 8.
+_HEAD_DIM_STEP = 8
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def varlen_attention(
         Output [B, T, H, D of the values]; 0 at padding.
 
     Raises:
-        ModelError: the tensors do not fit the plan, or the kernel does not take them.
+        ModelError: the tensors do not fit the plan.
     """
     B, H, T, D = q_BHTD.shape
     plan.layout.require(q_BHTD, k_BKTD)
@@ -113,7 +113,6 @@ def _kernel(
     q_QhD: Tensor, k_YkD: Tensor, v_YkD: Tensor, index: VarlenIndex, scaling: float, flash: Callable[..., Any] | None
 ) -> Tensor:
     """One call for all segments of one slice of heads -> [Q, h, D]. The tests put an emulation here."""
-    _check_tensors(q_QhD, k_YkD, v_YkD)
     result: Any
     if flash is None:
         from torch.nn.attention.varlen import varlen_attn
@@ -129,22 +128,6 @@ def _kernel(
             max_seqlen_q=index.max_q, max_seqlen_k=index.max_k, softmax_scale=scaling, causal=True, **window,
         )  # fmt: skip
     return result[0] if isinstance(result, tuple) else result  # some builds return the logsumexp as well
-
-
-def _check_tensors(*tensors: Tensor) -> None:
-    device, dtypes, width = tensors[0].device.type, {x.dtype for x in tensors}, tensors[0].shape[-1]
-    if device != "cuda":
-        raise ModelError(f"backend varlen needs a CUDA device, the tensors are on {device}: use backend=grouped")
-    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16}:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ModelError(
-            f"backend varlen needs bfloat16 or float16, the tensors are {names}: "
-            "load the model in bfloat16, train under autocast, or use backend=grouped"
-        )
-    if width > _HEAD_DIM_LIMIT:
-        raise ModelError(
-            f"backend varlen takes head dims up to {_HEAD_DIM_LIMIT}, the tensors have {width}: use backend=grouped"
-        )
 
 
 def _flash_kernel(full_attention: str | None) -> Callable[..., Any] | None:

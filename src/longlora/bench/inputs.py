@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -24,7 +26,7 @@ def random_model(config: PreTrainedConfig, context_length: int, folder: Path) ->
     """Write a model of `config` in bfloat16, whose own context is half of `context_length`, with a tokenizer of bytes.
 
     Raises:
-        ModelError: the vocabulary is smaller than a tokenizer of bytes needs.
+        ModelError: the vocabulary is smaller than a tokenizer of bytes needs, or the disk is full.
     """
     config = copy.deepcopy(config)
     text: Any = config.get_text_config(decoder=True)
@@ -32,8 +34,16 @@ def random_model(config: PreTrainedConfig, context_length: int, folder: Path) ->
     if text.vocab_size < len(tokenizer):
         raise ModelError(f"vocab_size={text.vocab_size}: measuring a step takes at least {len(tokenizer)}")
     text.max_position_embeddings = context_length // 2
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:  # each library's own way to say that a disk is full
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        raise ModelError(
+            f"a model with random weights cannot be written to {folder} ({free / 1e9:.1f} GB free): {error}; "
+            "set TMPDIR to a larger disk"
+        ) from error
 
 
 def random_shard(run: RunFolder, context_length: int, rows: int) -> None:

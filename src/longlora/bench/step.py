@@ -9,6 +9,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -20,7 +21,8 @@ from typing import Any, Literal
 
 from longlora.artifacts import RunFolder
 from longlora.config import Recipe, build_recipe
-from longlora.memory.allocator import keep_freed_memory, return_freed_memory, use_huge_pages
+from longlora.memory import allocator
+from longlora.memory.allocator import keep_freed_memory, use_huge_pages
 
 Variant = Literal["trainer", "roll", "longlora"]
 """``trainer``: transformers' Trainer with PEFT's LoRA, scaled_dot_product_attention, activation checkpointing and the
@@ -35,8 +37,10 @@ class StepJob:
     """What to measure: `steps` optimizer steps of one row of `context_length` tokens, the first one not counted."""
 
     variant: Variant
+    model: str
+    """Folder of `random_model`."""
     folder: str
-    """Holds ``model``; ``run`` is made there by ``longlora``."""
+    """Where the run writes."""
     context_length: int
     steps: int = 3
     group_size: int | None = None
@@ -80,9 +84,9 @@ def measure_apart(job: StepJob) -> StepCost | str:
 def recipe_of(job: StepJob) -> Recipe:
     """The recipe that ``longlora`` trains: the job's, on its model, with steps of one row."""
     values = copy.deepcopy(job.values)
-    values |= {"run_dir": str(Path(job.folder) / "run"), "memory": "unchecked"}
+    values |= {"run_dir": str(Path(job.folder) / "run")}
     values["context"] = {"context_length": job.context_length}
-    values["model"] = values.get("model", {}) | {"name_or_path": str(Path(job.folder) / "model"), "revision": None}
+    values["model"] = values.get("model", {}) | {"name_or_path": job.model, "revision": None}
     # As `random_model` made it, whatever scaling the config began with.
     values["model"]["original_context_length"] = job.context_length // 2
     one_row = {"micro_batch_size": 1, "grad_accum_steps": 1, "warmup_steps": 0, "logging_steps": 1}
@@ -106,7 +110,9 @@ def _train_ours(job: StepJob) -> list[float]:
     from longlora.bench.inputs import random_shard
     from longlora.training.trainer import train
 
-    (return_freed_memory if job.return_freed else keep_freed_memory)()
+    keep_freed_memory()  # as the command line does; `train` returns what is freed where memory is short
+    if job.return_freed:
+        allocator.KEPT_GROWTH = math.inf
     recipe = recipe_of(job)
     run = RunFolder(recipe.run_path)
     random_shard(run, job.context_length, rows=job.steps)
@@ -132,9 +138,7 @@ def _train_plain(job: StepJob) -> list[float]:
 
         on_step_end = on_train_begin
 
-    base = AutoModelForCausalLM.from_pretrained(
-        Path(job.folder) / "model", dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
+    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16, attn_implementation="sdpa")
     targets = target_modules(base, "attention")
     model = get_peft_model(base, LoraConfig(**_LORA, target_modules=targets, task_type="CAUSAL_LM"))
     if job.variant == "roll":

@@ -36,6 +36,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     _quiet_libraries()
+    _show_choices()
     use_huge_pages()
     keep_freed_memory()
     try:
@@ -45,7 +46,7 @@ def main() -> None:
     except SystemExit as stopped:
         if stopped.code != _INTERRUPTED:  # typer's way to say Ctrl-C
             raise
-        message = "interrupted; what is in the run folder is whole, and `longlora resume` goes on from a checkpoint"
+        message = "interrupted; whatever was finished is whole, and `longlora resume` goes on with a training run"
         _fail(message, _INTERRUPTED)
     except OSError as error:
         if error.errno not in _OUR_FAULT_NOT:
@@ -57,6 +58,15 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     print(f"longlora: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _show_choices() -> None:
+    """What is chosen automatically, such as the backend of attention, is logged; here that is a line on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("longlora")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
 
 
 def _quiet_libraries() -> None:

@@ -25,6 +25,7 @@ _WAYS: dict[str, tuple[Variant, dict[str, Any]]] = {
     "longlora, S2-Attn": ("longlora", {}),
 }
 _CONTEXTS = (4096, 8192)
+_SHORTEST = 64
 
 
 def add_to(app: typer.Typer) -> None:
@@ -51,27 +52,37 @@ def bench(
     recipe, contexts = _recipe(model, overrides, context)
     from longlora.bench.inputs import random_model
     from longlora.bench.step import StepJob, measure_apart
+    from longlora.memory.allocator import return_freed_memory
     from longlora.model.build import load_config
     from longlora.planning.rehearsal import with_layers
 
     config = load_config(recipe.model)
     if layers is not None:
-        config = with_layers(config, layers)
+        config = with_layers(config, _some(layers, config.get_text_config(decoder=True).num_hidden_layers))
+    values = recipe.model_dump(include={"model", "attention", "adapter", "train"})
+    return_freed_memory()  # what this process took to make a model is for those that train it
     out = console()
     for tokens in contexts:
         costs: dict[str, StepCost | str] = {}
-        for name, (variant, attention) in _WAYS.items():
-            with tempfile.TemporaryDirectory() as folder:
-                random_model(config, tokens, Path(folder) / "model")
-                values = recipe.model_dump(include={"model", "attention", "adapter", "train"})
-                values["attention"] |= attention
-                costs[name] = measure_apart(StepJob(variant, folder, tokens, steps, values=values))
+        with tempfile.TemporaryDirectory(prefix="longlora-bench-") as folder:
+            made = Path(folder) / "model"
+            random_model(config, tokens, made)
+            for number, (name, (variant, attention)) in enumerate(_WAYS.items()):
+                own = values | {"attention": values["attention"] | attention}
+                place = str(Path(folder) / str(number))
+                costs[name] = measure_apart(StepJob(variant, str(made), place, tokens, steps, values=own))
         out.print(_table(tokens, costs))
 
 
+def _some(layers: int, there_are: int) -> int:
+    if not 1 <= layers <= there_are:
+        raise PlanError(f"--layers {layers}: the model has {there_are}, give 1 to {there_are}")
+    return layers
+
+
 def _recipe(model: str, overrides: list[str] | None, context: list[int] | None) -> tuple[Recipe, list[int]]:
-    if any(tokens < 1 for tokens in context or ()):
-        raise PlanError(f"--context {min(context or [])}: must be at least 1")
+    if context and min(context) < _SHORTEST:
+        raise PlanError(f"--context {min(context)}: must be at least {_SHORTEST}")
     path = Path(model)
     if model.endswith((".yaml", ".yml")) or (path / "recipe.yaml").is_file():
         recipe = read_recipe(path, overrides)

@@ -103,14 +103,15 @@ def _say_what_training_does(out: Console, model: PreTrainedModel, settings: Prob
     if settings.full_attention_layers == "all":
         return
     sinks = f"{settings.sink_tokens} sink {'token' if settings.sink_tokens == 1 else 'tokens'}"
-    out.print(f"checked with groups of {settings.group_size} and {sinks}, in float32", highlight=False)
+    dtypes = "float32 and, under autocast, bfloat16" if model.device.type == "cuda" else "float32"
+    out.print(f"checked with groups of {settings.group_size} and {sinks}, in {dtypes}", highlight=False)
 
 
 def _show(out: Console, result: CheckResult) -> bool:
-    """Print a line; true if the check failed."""
-    mark = "[green]ok  [/green]" if result.passed else "[red]FAIL[/red]"
+    """Print a line; true if the check failed. What could not be compared has neither passed nor failed."""
+    mark = {True: "[green]ok  [/green]", False: "[red]FAIL[/red]", None: "[yellow]--  [/yellow]"}[result.passed]
     out.print(f"{mark} {escape(f'{result.name}: {result.detail}')}", highlight=False)
-    return not result.passed
+    return result.passed is False
 
 
 def _draw(out: Console, model: PreTrainedModel, settings: ProbeSettings, picture: Path) -> None:

@@ -39,17 +39,26 @@ def plan(
     resolved = read_recipe(recipe, overrides)
     if gpu is None and gpus != 1:
         raise PlanError(f"--gpus {gpus} needs --gpu, for example --gpu a100-80g")
-    from longlora.model.build import load_config
+    from longlora.model.build import device_for_run, load_config
+    from longlora.model.levers import check_levers
     from longlora.planning import machines
     from longlora.planning.calibrate import calibrate
     from longlora.planning.plan import plan_run, require_fits
+    from longlora.planning.settle import settle_memory
 
     config = load_config(resolved.model)
     machine = machines.gpu(gpu, gpus) if gpu else machines.this_machine()
     if memory is not None:
         machine = machines.with_memory(machine, memory)
-    if gpu is None:
-        Console(stderr=True).print("measuring this machine on a few layers of the model ...", highlight=False)
+    say = Console(stderr=True)
+    if machine.present:
+        check_levers(resolved, device_for_run())
+    if resolved.memory == "auto" and not fit:
+        settled = settle_memory(resolved, config, machine)
+        resolved = settled.recipe
+        say.print(settled.line, highlight=False)
+    if machine.present:
+        say.print("measuring this machine on a few layers of the model ...", highlight=False)
         machine = calibrate(config, resolved, machine)
     made = plan_run(resolved, config, machine, price_per_hour=price, fit=fit)
     if as_json:
@@ -93,6 +102,8 @@ def _run(made: Plan) -> Lines:
         how = "counted in the prepared shard" if made.documents.counted else "estimated from file sizes"
         reach = f"{made.documents.reaching:,} of {made.documents.documents:,} reach the context ({how})"
         lines.append(("training documents", reach))
+    elif made.documents_named:
+        lines.append(("training documents", "counted once `longlora prepare` has read them"))
     return lines
 
 
@@ -109,6 +120,8 @@ def _memory(made: Plan) -> Lines:
     lines = [(name.replace("_", " "), f"{size / 1e9:,.2f} GB") for name, size in made.memory.parts.items() if size]
     lines.append((f"peak, in {made.memory.moment}", f"{made.memory.peak / 1e9:,.2f} GB"))
     lines.append(("the device has", f"{made.memory_available / 1e9:,.2f} GB"))
+    if made.memory.offloaded:
+        lines.append(("offloaded to main memory", f"{made.memory.offloaded / 1e9:,.2f} GB"))
     return lines
 
 

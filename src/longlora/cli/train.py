@@ -6,7 +6,7 @@ import typer
 
 from longlora.artifacts import RunFolder
 from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
-from longlora.config import CHANGEABLE_ON_RESUME, load_recipe
+from longlora.config import CHANGEABLE_ON_RESUME, build_recipe, load_recipe
 from longlora.errors import RunFolderError
 
 
@@ -33,7 +33,9 @@ def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     saved = read_recipe(RunFolder(resolved.run_path).root, None)
     from longlora.planning.settle import adopt_levers
 
-    resolved = adopt_levers(resolved, saved)
+    # What `memory: auto` picked, and on top what the command line says.
+    picked = [override for override in overrides or [] if not override.startswith("memory=")]
+    resolved = build_recipe(adopt_levers(resolved, saved).model_dump(), picked)
     for section in ("model", "context", "attention", "adapter", "data", "train"):
         now, then = getattr(resolved, section), getattr(saved, section)
         if section == "train":

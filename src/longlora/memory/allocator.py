@@ -19,7 +19,7 @@ _MMAP_MAX = 65536  # glibc's default
 _RETURNED_FROM = 1 << 20
 """Bytes from which on a block is one mapping of its own, which goes back to the system when it is freed."""
 
-KEPT_GROWTH = 4
+KEPT_GROWTH = 4.0
 """Times its live tensors to which a process was seen to grow that keeps what it freed, with some room."""
 
 
@@ -36,6 +36,17 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Give freed blocks back to the system at once; false where there is no glibc."""
     return _mallopt((_M_MMAP_THRESHOLD, _RETURNED_FROM), (_M_MMAP_MAX, _MMAP_MAX), (_M_TRIM_THRESHOLD, _RETURNED_FROM))
+
+
+def return_freed_memory_if_tight(peak: int | None, available: int) -> bool:
+    """Give freed blocks back where keeping them might not fit; true if that was done.
+
+    Args:
+        peak: bytes of live tensors that are planned; None if nobody knows.
+        available: bytes that this process can have.
+    """
+    tight = peak is None or KEPT_GROWTH * peak > available
+    return tight and return_freed_memory()
 
 
 def _mallopt(*settings: tuple[int, int]) -> bool:

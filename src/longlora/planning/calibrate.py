@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,22 @@ from longlora.planning.rehearsal import layer_period, with_layers
 
 _FEW, _MORE = 1, 3
 _REPEATS = 2
-_LAYER_FLOPS = 3e11
-"""Work of one timed layer: a fraction of a second on a CPU with matrix units, seconds on one without."""
-_SHORTEST, _LONGEST = 256, 2048
-_PROBE_BYTES = 1 << 26
+_SHORTEST = 256
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """How much is timed: long against what starting it takes, short against a person's patience."""
+
+    layer_flops: float
+    tokens: int
+    """At most."""
+    bytes: int
+    """Of each array that memory is timed with; more than any cache."""
+
+
+# A fraction of a second on a CPU with matrix units, seconds on one without.
+_PROBES = {"cpu": _Probe(3e11, 2048, 1 << 26), "cuda": _Probe(5e13, 16384, 1 << 30)}
 _LEAST_SECONDS = 1e-6
 
 
@@ -85,8 +97,9 @@ def _tokens(config: PreTrainedConfig, recipe: Recipe) -> int:
     """As many as make a layer's work measurable, at most the context."""
     model: Outline = outline(with_layers(config, 1), recipe)
     per_token = 6 * max(model.projections_used + model.mlp_used, 1)
-    wanted = int(_LAYER_FLOPS / per_token)
-    return min(recipe.context.context_length, max(_SHORTEST, min(_LONGEST, wanted)))
+    probe = _PROBES[device_for_run().type]
+    wanted = int(probe.layer_flops / per_token)
+    return min(recipe.context.context_length, max(_SHORTEST, min(probe.tokens, wanted)))
 
 
 def _at_length(recipe: Recipe, tokens: int) -> Recipe:
@@ -132,10 +145,11 @@ def _costliest(model: Outline, recipe: Recipe) -> AttentionLayer:
 
 
 def _score_rate(layer: AttentionLayer, recipe: Recipe) -> float:
-    """FLOP/s of attention by the pattern of `layer`, forward and backward, at up to `_LONGEST` tokens or two groups."""
+    """FLOP/s of attention by the pattern of `layer`, forward and backward, up to a probe's tokens or two groups."""
     device, dtype = device_for_run(), getattr(torch, recipe.model.dtype)
     own = layer.pattern.size if isinstance(layer.pattern, WindowPattern) else layer.pattern.group_size
-    tokens = min(recipe.context.context_length, max(_LONGEST, 2 * min(own, _LONGEST)))
+    most = _PROBES[device.type].tokens
+    tokens = min(recipe.context.context_length, max(most, 2 * min(own, most)))
     shapes = [(layer.heads, layer.width), (layer.heads, layer.width), (layer.heads, layer.value_width)]
     q, k, v = (
         torch.randn(1, heads, tokens, width, dtype=dtype, device=device).requires_grad_() for heads, width in shapes
@@ -151,8 +165,9 @@ def _score_rate(layer: AttentionLayer, recipe: Recipe) -> float:
 
 def _bandwidth() -> float:
     device = device_for_run()
-    a, b = (torch.zeros(_PROBE_BYTES // 4, device=device) for _ in range(2))
-    return 3 * _PROBE_BYTES / _seconds(lambda: a.add_(b), device)
+    size = _PROBES[device.type].bytes
+    a, b = (torch.zeros(size // 4, device=device) for _ in range(2))
+    return 3 * size / _seconds(lambda: a.add_(b), device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

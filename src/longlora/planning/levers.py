@@ -20,7 +20,8 @@ class Lever:
     settings: dict[str, Any]
     eases: tuple[str, ...]
     automatic: bool = True
-    """Whether it may be pulled without asking: false for what changes what is trained, or the type of the result."""
+    """Whether ``memory: auto`` may pull it: not what changes what is trained, or the type of the result. Those on CUDA
+    that round states or frozen weights are the last ones it tries."""
 
     def __str__(self) -> str:
         return written(self.settings)

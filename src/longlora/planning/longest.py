@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,11 @@ from transformers import PreTrainedConfig
 
 from longlora.config import Recipe
 from longlora.errors import LongLoraError
-from longlora.planning.levers import levers, with_settings, written
+from longlora.model.build import device_for_run
+from longlora.model.levers import check_levers
+from longlora.planning.levers import Lever, levers, with_settings, written
 from longlora.planning.machines import Machine
-from longlora.planning.memory import Memory, peak_memory
+from longlora.planning.memory import Memory, fits, peak_memory
 from longlora.planning.outline import Outline, outline
 from longlora.planning.rehearsal import Rehearsal, at_context, rehearse_line
 
@@ -30,7 +33,7 @@ class Fit:
     with_levers: int
     """With `levers` as well."""
     levers: dict[str, Any]
-    """Settings to change: as few as the recipe's context takes, or all that help if it fits with none."""
+    """Settings to change: as few as the recipe's context takes; all that help if it fits with none or not at all."""
 
 
 def longest_context(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> Fit:
@@ -40,20 +43,57 @@ def longest_context(recipe: Recipe, config: PreTrainedConfig, machine: Machine) 
         ModelError: the model cannot be built or rehearsed without weights.
     """
     search = _Search(config, machine)
-    as_it_is = best = search.longest(recipe)
-    pulled: dict[str, Any] = {}
-    for lever in levers(recipe, cuda=machine.cuda):
-        if best >= recipe.context.context_length:
+    as_it_is = search.longest(recipe)
+    wanted = recipe.context.context_length
+    if as_it_is >= wanted:
+        wanted = _LONGEST  # more than any machine holds: every lever
+    pulled = cheapest_levers(recipe, machine, lambda tried: search.longest(tried) >= wanted)
+    longest = search.longest(with_levers(recipe, pulled))
+    if longest < wanted:  # all levers: name those that do something
+        pulled = [
+            lever
+            for lever in pulled
+            if search.longest(with_levers(recipe, [other for other in pulled if other is not lever])) < longest
+        ]
+    return Fit(as_it_is, longest, settings_of_levers(pulled))
+
+
+def cheapest_levers(recipe: Recipe, machine: Machine, enough: Callable[[Recipe], bool]) -> list[Lever]:
+    """The first levers of the list with which `recipe` is `enough`, without those that later ones made needless.
+
+    All that the model and the machine have, if it never is.
+    """
+    pulled: list[Lever] = []
+    reached = enough(recipe)
+    for lever in (lever for lever in levers(recipe, cuda=machine.cuda) if lever.automatic):
+        if reached:
             break
-        if not lever.automatic:
-            continue
+        tried = with_levers(recipe, [*pulled, lever])
         try:
-            tried = search.longest(with_settings(recipe, pulled | lever.settings))
-        except LongLoraError:  # a lever that this model does not have
+            if machine.present:
+                check_levers(tried, device_for_run())
+            reached = enough(tried)
+        except LongLoraError:  # a lever that this model or machine does not have
             continue
-        if tried > best:
-            best, pulled = tried, pulled | lever.settings
-    return Fit(as_it_is, best, pulled)
+        pulled.append(lever)
+    for lever in pulled[:-1] if reached else []:
+        fewer = [other for other in pulled if other is not lever]
+        if enough(with_levers(recipe, fewer)):
+            pulled = fewer
+    return pulled
+
+
+def with_levers(recipe: Recipe, pulled: list[Lever]) -> Recipe:
+    """`recipe` with levers pulled one after the other."""
+    return with_settings(recipe, settings_of_levers(pulled))
+
+
+def settings_of_levers(pulled: list[Lever]) -> dict[str, Any]:
+    """What levers set together; a later one replaces an earlier one of the same key."""
+    settings: dict[str, Any] = {}
+    for lever in pulled:
+        settings |= lever.settings
+    return settings
 
 
 def does_not_fit(context_length: int, memory: Memory, machine: str, available: int, fit: Fit | None) -> str:
@@ -100,12 +140,12 @@ class _Search:
 
     def _crossing(self, recipe: Recipe, model: Outline, rehearsal: Rehearsal) -> int:
         """The largest multiple of `_UNIT` that fits."""
-        fits, too_long = 0, _LONGEST // _UNIT + 1
-        while too_long - fits > 1:
-            units = (fits + too_long) // 2
+        longest, too_long = 0, _LONGEST // _UNIT + 1
+        while too_long - longest > 1:
+            units = (longest + too_long) // 2
             there = at_context(recipe, units * _UNIT)
-            if peak_memory(self._config, there, model, self._machine, rehearsal).peak <= self._machine.memory_bytes:
-                fits = units
+            if fits(peak_memory(self._config, there, model, self._machine, rehearsal), self._machine):
+                longest = units
             else:
                 too_long = units
-        return fits * _UNIT
+        return longest * _UNIT

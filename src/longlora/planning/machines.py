@@ -9,7 +9,10 @@ recomputation is counted and pairs that causality forbids are not. For other GPU
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -45,6 +48,10 @@ class Machine:
     """Devices that train together, each on sequences of its own."""
     cuda: bool = True
     """Whether what needs CUDA can be used."""
+    present: bool = False
+    """Whether it is the machine that plans."""
+    host_bytes: int = sys.maxsize
+    """Main memory beside that of a GPU, where it is known."""
     basis: str = ""
     """Where the rates come from, in words."""
 
@@ -105,6 +112,8 @@ def this_machine() -> Machine:
             bandwidth=1e12,
             process_bytes=0,  # what is free is counted with a CUDA context in place
             allocator_share=_GPU_ALLOCATOR,
+            present=True,
+            host_bytes=available_memory(),
             basis="not measured",
         )
     cores = torch.get_num_threads()
@@ -119,6 +128,7 @@ def this_machine() -> Machine:
         process_bytes=_CPU_PROCESS,
         allocator_share=_CPU_ALLOCATOR,
         cuda=False,
+        present=True,
         basis="not measured",
     )
 
@@ -131,21 +141,51 @@ def with_memory(machine: Machine, gigabytes: float) -> Machine:
 
 
 def available_memory() -> int:
-    """Bytes that a new process can have without swapping: free memory, or what a container's limit leaves."""
-    limits = [_meminfo()]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="ascii") as handle:  # noqa: PTH123
-                limits.append(int(handle.read()))
-        except (OSError, ValueError):  # no such limit, or "max"
+    """Bytes that this process can have in all without swapping: its own, and what is free."""
+    return _numbers(Path("/proc/self/status"), ":").get("VmRSS", 0) * 1024 + free_memory()
+
+
+def free_memory(*, swap: bool = False) -> int:
+    """Bytes that this process can have beside its own: what the machine and its control groups leave.
+
+    Args:
+        swap: count free swap space too.
+    """
+    swapped = _numbers(Path("/proc/meminfo"), ":").get("SwapFree", 0) * 1024 if swap else 0
+    return min([_free() + swapped, *_left_by_cgroups()])
+
+
+def _free() -> int:
+    kibibytes = _numbers(Path("/proc/meminfo"), ":").get("MemAvailable")
+    return kibibytes * 1024 if kibibytes else int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _left_by_cgroups() -> Iterator[int]:
+    """What is left below the limit of each control group of this process (version 2, then 1) and of its parents."""
+    own = _lines(Path("/proc/self/cgroup"))
+    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in own if line.count(":") > 1)}
+    for root, path, limit, used, cache in (
+        ("", paths.get(""), "memory.max", "memory.current", "inactive_file"),
+        ("memory", paths.get("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if path is None:
             continue
-    return min(limits)
+        top = Path("/sys/fs/cgroup") / root
+        for folder in [top / path.strip("/"), *(top / path.strip("/")).parents]:
+            text = "".join(_lines(folder / limit)).strip()
+            if folder.is_relative_to(top) and text.isdigit():  # and not "max"
+                held = int("".join(_lines(folder / used)).strip() or 0)
+                yield max(0, int(text) - held + _numbers(folder / "memory.stat", " ").get(cache, 0))
 
 
-def _meminfo() -> int:
+def _numbers(path: Path, separator: str) -> dict[str, int]:
+    """First numbers of lines such as ``VmRSS:  123 kB``."""
+    pairs = (line.split(separator, 1) for line in _lines(path) if separator in line)
+    return {name: int(rest.split()[0]) for name, rest in pairs if rest.split() and rest.split()[0].isdigit()}
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        with open("/proc/meminfo", encoding="ascii") as handle:  # noqa: PTH123
-            values = dict(line.split(":", 1) for line in handle)
-        return int(values["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []

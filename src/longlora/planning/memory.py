@@ -21,6 +21,7 @@ _ADAM_STATES = 8  # two float32 numbers for each trained parameter
 _ADAM_8BIT_STATES = 2
 _NF4_BYTES = 0.5 + 0.016  # with the scales of blocks of 64, themselves in 8 bits (QLoRA, section 3)
 _HALF = 2
+_NO_PARTS = ("moment", "offloaded")
 _WHERE = {
     "forward": "the forward pass of a layer",
     "loss": "the loss of one chunk of tokens",
@@ -50,6 +51,8 @@ class Memory:
     """Kernels' scratch memory, and what is free but cannot be used."""
     moment: str
     """When the peak is reached, in words."""
+    offloaded: int = 0
+    """In main memory instead, where activations are offloaded; not part of the peak."""
 
     @property
     def peak(self) -> int:
@@ -58,7 +61,7 @@ class Memory:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by part, in the order of the class."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NO_PARTS}
 
     @property
     def largest(self) -> str:
@@ -83,9 +86,10 @@ def peak_memory(
     """
     peaks = (rehearsal or rehearse(config, recipe)).at(recipe.context.context_length)
     phases: tuple[Phase, ...] = get_args(Phase)
+    offloaded = _layer_inputs(recipe, config) if recipe.train.activation_offload else 0
     for each in phases:
         _quantize(peaks[each], recipe, model)
-        _offload(peaks[each], recipe, config)
+        peaks[each]["saved"] = max(peaks[each]["saved"] - offloaded, 0.0)
     phase = max(phases, key=lambda each: sum(peaks[each].values()))
     held = peaks[phase]
     optimizer = optimizer_bytes(recipe, model)
@@ -103,7 +107,13 @@ def peak_memory(
         temporary=round(held["temporary"]),
         allocator=round(machine.allocator_share * tensors),
         moment=_WHERE[phase],
+        offloaded=offloaded,
     )
+
+
+def fits(memory: Memory, machine: Machine) -> bool:
+    """Whether a device of `machine`, and the main memory beside it, hold what is planned."""
+    return memory.peak <= machine.memory_bytes and memory.offloaded <= machine.host_bytes
 
 
 def optimizer_bytes(recipe: Recipe, model: Outline) -> int:
@@ -121,12 +131,10 @@ def _quantize(held: Bytes, recipe: Recipe, model: Outline) -> None:
     held["temporary"] += model.largest_matrix * width
 
 
-def _offload(held: Bytes, recipe: Recipe, config: PreTrainedConfig) -> None:
-    """The inputs of all layers but the one at work are in main memory."""
-    if not recipe.train.activation_offload:
-        return
+def _layer_inputs(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """Bytes of the inputs of all checkpointed layers but the one at work."""
     text = config.get_text_config(decoder=True)
     width = _HALF if recipe.model.dtype == "bfloat16" else 2 * _HALF
     tokens = recipe.context.context_length * recipe.train.micro_batch_size
-    inputs = (text.num_hidden_layers // recipe.train.activation_checkpointing_every - 1) * text.hidden_size * tokens
-    held["saved"] = max(held["saved"] - inputs * width, 0.0)
+    layers = text.num_hidden_layers // recipe.train.activation_checkpointing_every - 1
+    return int(layers * text.hidden_size * tokens * width)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,9 +17,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from longlora.artifacts import MANIFEST, RunFolder
 from longlora.attention.layers import attention_modules, has_window, layer_patterns
 from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
 from longlora.config import AttentionConfig, Recipe
+from longlora.data.shards import open_shard
 from longlora.errors import ModelError
 from longlora.model.adapters import add_adapter
 
@@ -63,7 +67,20 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe) -> PeftModel:
     Raises:
         ModelError: transformers cannot build a causal language model of the config.
     """
-    return add_adapter(meta_base(config, recipe.model.dtype), recipe.adapter)
+    return add_adapter(meta_base(config, recipe.model.dtype), recipe.adapter, embedding_rows(recipe))
+
+
+def embedding_rows(recipe: Recipe) -> list[int] | None:
+    """Token ids whose embeddings alone are trained; None for all, also where no prepared shard says which occur."""
+    shard = RunFolder(recipe.run_path).train_shard
+    if recipe.adapter.embedding_rows == "all" or not (shard / MANIFEST).exists():
+        return None
+    return _occurring(shard, (shard / MANIFEST).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _occurring(shard: Path, changed: int) -> list[int]:
+    return [int(token) for token in open_shard(shard, None).occurring_tokens()]
 
 
 def meta_base(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
@@ -89,7 +106,7 @@ def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
     head = base.get_output_embeddings()
     head_used = head.weight.numel() if head is not None else 0
     linear = [m.weight for m in base.modules() if _is_linear(m) and m is not head]
-    adapted = add_adapter(base, recipe.adapter)
+    adapted = add_adapter(base, recipe.adapter, embedding_rows(recipe))
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     lora = sum(p.numel() for n, p in trained.items() if "lora_" in n)
     count = sum(p.numel() for p in trained.values())

@@ -19,7 +19,7 @@ from longlora.model.rope import rescale_for
 from longlora.planning.flops import Flops, StepFlops, forward_flops, step_flops
 from longlora.planning.longest import Fit, does_not_fit, longest_context
 from longlora.planning.machines import Machine
-from longlora.planning.memory import Memory, peak_memory
+from longlora.planning.memory import Memory, fits, peak_memory
 from longlora.planning.outline import Outline, outline
 
 # Bytes that clipping and AdamW read and write for each trained parameter.
@@ -73,18 +73,22 @@ class Plan:
     step: StepFlops
     memory: Memory
     memory_available: int
+    host_memory: int
+    """Main memory beside a GPU's, as far as it is known."""
     time: StepTime
     hours: float
     cost: float | None
     """Hours times devices times the price of a device's hour."""
     disk: Disk
     documents: DocumentReach | None
+    documents_named: bool
+    """Whether the recipe names training texts; `documents` is None for those that cannot be counted unprepared."""
     fit: Fit | None
     """The longest context that fits; there when it was asked for, and when this one does not fit."""
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.memory_available
+        return self.memory.peak <= self.memory_available and self.memory.offloaded <= self.host_memory
 
     def to_json(self) -> str:
         """All fields, and the sums that a reader would have to make himself."""
@@ -141,7 +145,7 @@ def plan_run(
     flops = step_flops(model, train, context)
     memory = peak_memory(config, recipe, model, machine)
     hours = _hours(recipe, config, model, machine)
-    wanted = fit or memory.peak > machine.memory_bytes
+    wanted = fit or not fits(memory, machine)
     return Plan(
         model=recipe.model.name_or_path,
         machine=machine.name,
@@ -159,11 +163,13 @@ def plan_run(
         step=flops,
         memory=memory,
         memory_available=machine.memory_bytes,
+        host_memory=machine.host_bytes,
         time=step_time(flops, model, machine),
         hours=hours,
         cost=None if price_per_hour is None else hours * machine.count * price_per_hour,
         disk=_disk(recipe, model),
         documents=documents_reaching(recipe),
+        documents_named=bool(recipe.data.train),
         fit=longest_context(recipe, config, machine) if wanted else None,
     )
 

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from longlora.attention.lazy_mask import LazyMask
-from longlora.attention.registry import s2_attention_forward
+from longlora.attention.lazy_mask import whole_rows
 from longlora.config import Recipe
 from longlora.errors import ModelError
 from longlora.memory.chunked_loss import chunked_loss
@@ -43,7 +42,6 @@ Phase = Literal["forward", "loss", "backward"]
 Bytes = dict[Kind, float]
 Peaks = dict[Phase, Bytes]
 
-_KEY = "longlora_rehearsal"
 _SMALL = 4
 """Models with no more layers are rehearsed whole."""
 _LONGEST_PERIOD = 8
@@ -96,6 +94,20 @@ def _anchor(recipe: Recipe) -> int:
 
 
 def _rehearse_layers(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
+    """The larger peaks of the sparse steps and of those with full attention, where there are both."""
+    peaks = _rehearse_pattern(config, recipe)
+    if recipe.attention.pattern == "full" or not recipe.attention.full_attention_final_fraction:
+        return peaks
+    full = recipe.model_copy(update={"attention": recipe.attention.model_copy(update={"pattern": "full"})})
+    other = _rehearse_pattern(config, full)
+    return {phase: max(peaks[phase], other[phase], key=_total) for phase in get_args(Phase)}
+
+
+def _total(held: Bytes) -> float:
+    return sum(held.values())
+
+
+def _rehearse_pattern(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
     count = int(config.get_text_config(decoder=True).num_hidden_layers)
     period = layer_period(config, recipe)
     if count <= max(_SMALL, 2 * period):
@@ -178,7 +190,9 @@ def _fake_model(config: PreTrainedConfig, recipe: Recipe) -> Iterator[PeftModel]
         cast_to_compute_dtype(model, getattr(torch, recipe.model.dtype))
         _use_levers(model, recipe)
         _use_attention(model, recipe)
-        yield model.train()
+        # Fake positions cannot be asked where a document ends.
+        with whole_rows():
+            yield model.train()
 
 
 def _materialise(model: nn.Module) -> None:
@@ -211,28 +225,12 @@ def _use_levers(model: PeftModel, recipe: Recipe) -> None:
 
 
 def _use_attention(model: PeftModel, recipe: Recipe) -> None:
-    """The recipe's attention, with one document a row, because fake positions cannot be asked where one ends."""
+    """The recipe's attention, on any device."""
     settings = recipe.attention
     layers = int(model.get_base_model().config.get_text_config(decoder=True).num_hidden_layers)
     some = [layer for layer in settings.full_attention_layers if layer < layers]
     here = settings.model_copy(update={"full_attention_layers": some, "backend": "grouped"})
-    if not apply_attention(model, here, recipe.context.context_length):
-        return
-    AttentionInterface.register(_KEY, s2_attention_forward)
-    AttentionMaskInterface.register(_KEY, _whole_rows)
-    model.get_base_model().set_attn_implementation(_KEY)
-
-
-class _WholeRows(LazyMask):
-    """A mask that knows its bounds: each row is one document."""
-
-    bounds_B = property(  # type: ignore[assignment]
-        lambda self: [[0, self._arguments["q_length"]]] * self._arguments["batch_size"]
-    )
-
-
-def _whole_rows(**arguments: Any) -> LazyMask:
-    return _WholeRows(arguments)
+    apply_attention(model, here, recipe.context.context_length)
 
 
 class _Entry:

@@ -12,10 +12,16 @@ from transformers import PreTrainedConfig
 
 from longlora.config import Recipe
 from longlora.errors import LongLoraError, PlanError
-from longlora.planning.levers import Lever, levers, with_settings, written
-from longlora.planning.longest import does_not_fit, longest_context
+from longlora.planning.levers import levers, with_settings, written
+from longlora.planning.longest import (
+    cheapest_levers,
+    does_not_fit,
+    longest_context,
+    settings_of_levers,
+    with_levers,
+)
 from longlora.planning.machines import Machine
-from longlora.planning.memory import Memory, peak_memory
+from longlora.planning.memory import Memory, fits, peak_memory
 from longlora.planning.outline import outline
 
 
@@ -47,7 +53,7 @@ def settle_memory(recipe: Recipe, config: PreTrainedConfig, machine: Machine) ->
         raise
     except LongLoraError as error:
         return Settled(recipe, None, f"memory is not planned: {error}")
-    if memory.peak > machine.memory_bytes:
+    if not fits(memory, machine):
         raise PlanError(_refusal(recipe, config, machine, memory))
     return Settled(recipe, memory, _summary(memory, machine))
 
@@ -62,51 +68,21 @@ def adopt_levers(recipe: Recipe, saved: Recipe) -> Recipe:
 
 
 def _cheapest(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> Settled:
-    """The first levers that suffice, from none on, without those that later ones made needless."""
+    """Levers from none on, as many as it takes."""
     bare = _bare(recipe)
-    pulled: list[Lever] = []
-    memory = _peak(bare, config, machine)
-    for lever in (lever for lever in levers(bare, cuda=machine.cuda) if lever.automatic):
-        if memory.peak <= machine.memory_bytes:
-            break
-        try:
-            memory = _peak(_with(bare, [*pulled, lever]), config, machine)
-        except LongLoraError:  # a lever that this model does not have
-            continue
-        pulled.append(lever)
-    if memory.peak > machine.memory_bytes:
-        raise PlanError(_refusal(with_settings(recipe, {"memory": "check"}), config, machine, memory))
-    for lever in pulled[:-1]:
-        fewer = [other for other in pulled if other is not lever]
-        without = _peak(_with(bare, fewer), config, machine)
-        if without.peak <= machine.memory_bytes:
-            pulled, memory = fewer, without
-    settled = _with(bare, pulled)
-    chosen = _changed(bare, settled)
-    return Settled(settled, memory, f"memory=auto picked {written(chosen) or 'no lever'}; {_summary(memory, machine)}")
+    pulled = cheapest_levers(bare, machine, lambda tried: fits(_peak(tried, config, machine), machine))
+    settled = with_levers(bare, pulled)
+    memory = _peak(settled, config, machine)
+    if not fits(memory, machine):
+        raise PlanError(_refusal(settled, config, machine, memory))
+    chosen = written(settings_of_levers(pulled)) or "no lever"
+    return Settled(settled, memory, f"memory=auto picked {chosen}; {_summary(memory, machine)}")
 
 
 def _bare(recipe: Recipe) -> Recipe:
     """`recipe` without the lever that is on by default."""
     none: dict[str, Any] = {"train.activation_checkpointing": False, "train.activation_checkpointing_every": 1}
     return with_settings(recipe, none | {"memory": "check", "train.activation_offload": False})
-
-
-def _with(recipe: Recipe, pulled: list[Lever]) -> Recipe:
-    settings: dict[str, Any] = {}
-    for lever in pulled:
-        settings |= lever.settings
-    return with_settings(recipe, settings)
-
-
-def _changed(before: Recipe, after: Recipe) -> dict[str, Any]:
-    """Dotted settings of `train` and `model` in which two recipes differ."""
-    return {
-        f"{section}.{name}": value
-        for section in ("train", "model")
-        for name, value in getattr(after, section).model_dump().items()
-        if value != getattr(getattr(before, section), name)
-    }
 
 
 def _refusal(recipe: Recipe, config: PreTrainedConfig, machine: Machine, memory: Memory) -> str:

@@ -40,6 +40,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     raise RunFolderError(f"{folder} holds no whole checkpoint{found}: start again with `longlora train`")
 
 
+def has_whole_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder` that says it is whole."""
+    return any((path / MANIFEST).exists() for path in _newest_first(folder))
+
+
 def _newest_first(folder: Path) -> Iterator[Path]:
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdigit()]
     yield from sorted(found, key=checkpoint_step, reverse=True)

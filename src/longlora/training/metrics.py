@@ -25,6 +25,13 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self._progress: Progress | None = None
         self._began = self._first_tokens = 0.0
         self._first_step = 0
+        self.step = 0
+        """The step that is under way, from 1; 0 before the first."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = state.global_step + 1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -27,20 +27,25 @@ from longlora.config import Recipe, dump_recipe, load_recipe
 from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import TokenShard, open_shard
 from longlora.errors import ModelError, RunFolderError
-from longlora.memory.allocator import KEPT_GROWTH, return_freed_memory
+from longlora.memory.allocator import return_freed_memory_if_tight
 from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
 from longlora.model.build import device_for_run, load_config, load_for_training, load_tokenizer, tokenizer_hash
 from longlora.model.head import hidden_states, output_head
 from longlora.model.levers import OPTIMIZERS, apply_memory_levers, check_levers
-from longlora.model.rope import rescale_for
+from longlora.model.rope import RopeChange, rescale_for
 from longlora.model.sidecar import Sidecar, write_sidecar
 from longlora.planning.machines import this_machine
 from longlora.planning.memory import Memory
-from longlora.planning.out_of_memory import explain_out_of_memory, is_out_of_memory
+from longlora.planning.out_of_memory import explained_out_of_memory, is_out_of_memory
 from longlora.planning.settle import adopt_levers, settle_memory
 from longlora.training.attention_schedule import AttentionSchedule, moved_full_phase
-from longlora.training.checkpoint import checkpoint_step, complete_checkpoint, newest_checkpoint
+from longlora.training.checkpoint import (
+    checkpoint_step,
+    complete_checkpoint,
+    has_whole_checkpoint,
+    newest_checkpoint,
+)
 from longlora.training.metrics import MetricsCallback
 
 
@@ -66,6 +71,29 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     set_seed(recipe.train.seed)
     config, change = rescale_for(recipe, load_config(recipe.model))
     recipe, memory = _settle(recipe, config, console)
+    metrics = MetricsCallback(run.metrics, console)
+    with explained_out_of_memory(
+        recipe, memory, device, step=lambda: metrics.step, resumable=lambda: has_whole_checkpoint(run.checkpoints)
+    ):
+        model, sidecar = _train(recipe, config, change, checkpoint, metrics, console)
+    use_full(model)
+    with new_folder(run.adapter) as folder:
+        save_adapter(model, folder)
+        write_sidecar(folder, sidecar)
+        write_manifest(folder, schema=1, step=recipe.train.steps)
+    return run.adapter
+
+
+def _train(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    change: RopeChange,
+    checkpoint: Path | None,
+    metrics: MetricsCallback,
+    console: Console,
+) -> tuple[PeftModel, Sidecar]:
+    """Load the model of `config`, train it from `checkpoint` on, and return it with what goes beside its adapter."""
+    run, device = RunFolder(recipe.run_path), device_for_run()
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256)
@@ -80,8 +108,6 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, fingerprint)
     model = _trainable(base, recipe, shard)
     _announce(model, dataset, console)
-
-    metrics = MetricsCallback(run.metrics, console)
     trainer = LongContextTrainer(
         model=_LossModel(model, recipe.train.loss_chunk_tokens),
         args=_arguments(recipe, run.checkpoints, base.device),
@@ -95,22 +121,12 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     write_atomic(run.recipe, dump_recipe(recipe))
     if checkpoint is not None and checkpoint_step(checkpoint) >= recipe.train.steps:
         trainer._load_from_checkpoint(str(checkpoint))  # stopped between its last checkpoint and its adapter
-    else:
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            step = trainer.state.global_step + 1
-            raise ModelError(explain_out_of_memory(error, recipe, memory, device, step)) from error
-        finally:
-            metrics.close()
-    use_full(model)
-    with new_folder(run.adapter) as folder:
-        save_adapter(model, folder)
-        write_sidecar(folder, sidecar)
-        write_manifest(folder, schema=1, step=recipe.train.steps)
-    return run.adapter
+        return model, sidecar
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        metrics.close()
+    return model, sidecar
 
 
 def _settle(recipe: Recipe, config: PreTrainedConfig, console: Console) -> tuple[Recipe, Memory | None]:
@@ -119,8 +135,8 @@ def _settle(recipe: Recipe, config: PreTrainedConfig, console: Console) -> tuple
     settled = settle_memory(recipe, config, machine)
     if settled.line:
         console.print(settled.line, highlight=False)
-    tight = settled.memory is not None and KEPT_GROWTH * settled.memory.peak > machine.memory_bytes
-    if tight and not machine.cuda and return_freed_memory():
+    peak = settled.memory.peak if settled.memory else None
+    if not machine.cuda and return_freed_memory_if_tight(peak, machine.memory_bytes):
         console.print("memory is short: what is freed goes back to the system at once, which takes time")
     return settled.recipe, settled.memory
 
