@@ -48,7 +48,7 @@ def test_bench_prints_ours_beside_full_attention(config_folder: Path, monkeypatc
     )  # fmt: skip
     assert code == 0
     lines = [line for line in out.splitlines() if "GB" in line]
-    assert [line.split("  ")[0] for line in lines] == [
+    assert [line.strip().split("  ")[0] for line in lines] == [
         "Trainer and PEFT LoRA, full attention", "longlora, full attention", "longlora, S2-Attn",
     ]  # fmt: skip
     assert "1.00 x" in lines[0]

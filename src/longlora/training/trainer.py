@@ -68,7 +68,6 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
         run.require_unused()
     device = device_for_run()
     check_levers(recipe, device)
-    set_seed(recipe.train.seed)
     config, change = rescale_for(recipe, load_config(recipe.model))
     recipe, memory = _settle(recipe, config, console)
     metrics = MetricsCallback(run.metrics, console)
@@ -94,6 +93,7 @@ def _train(
 ) -> tuple[PeftModel, Sidecar]:
     """Load the model of `config`, train it from `checkpoint` on, and return it with what goes beside its adapter."""
     run, device = RunFolder(recipe.run_path), device_for_run()
+    set_seed(recipe.train.seed)  # here, because planning draws random numbers too
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256)
