@@ -1,8 +1,8 @@
 """A whole training step against context: what one would write today, the paper's roll, and ours.
 
-python benchmarks/bench_train_step.py                  appends to benchmarks/results/train_step.csv and draws
+python benchmarks/bench_train_step.py                  appends to benchmarks/results/train_step.csv
 python benchmarks/bench_train_step.py --contexts 4096 8192 --only a d
-python benchmarks/bench_train_step.py --plot           draws docs/figures/train_step.svg from the newest run
+python docs/make_results.py                            draws them into docs/results.md
 
 SmolLM2-135M's shape with random weights, one row a step, bfloat16; on CUDA Llama-2-7B's shape. Variants:
 
@@ -19,24 +19,19 @@ memory, or is left out as hopeless (`_HOPELESS`), has a row that says so.
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
-from matplotlib import pyplot as plt
-from rows import RESULTS, append_rows, device_for_benchmark
+from rows import append_rows, device_for_benchmark
 from transformers import AutoConfig, PreTrainedConfig
 
 from longlora.bench.inputs import random_model
 from longlora.bench.step import StepCost, StepJob, measure_apart, recipe_of
 from longlora.planning.flops import step_flops
 from longlora.planning.outline import outline
-
-mpl.use("Agg")
 
 SHAPES = {
     "SmolLM2-135M": {
@@ -49,12 +44,7 @@ SHAPES = {
     },
 }  # fmt: skip
 PAPER = {"group_size": None, "group_size_ratio": 0.25, "sink_tokens": 0}
-VARIANTS = {
-    "a": "Trainer + PEFT LoRA, full attention",
-    "b": "the same with Algorithm 1, groups of T/4",
-    "c": "longlora, groups of T/4",
-    "d": "longlora, groups of 2048, 4 sinks",
-}
+VARIANTS = ("a", "b", "c", "d")
 CPU_CONTEXTS, CUDA_CONTEXTS = (4096, 8192, 16384, 32768, 65536), (32768, 65536, 131072, 262144, 524288)
 # On two CPU cores and 23 GiB: a step of full attention takes half an hour, and neither has memory for the logits.
 _HOPELESS = {("a", 65536), ("b", 65536)}
@@ -94,46 +84,16 @@ def measure(config: PreTrainedConfig, variant: str, context: int, steps: int) ->
     }
 
 
-def plot(target: Path) -> None:
-    """Time and memory against context: of each point the newest row that has the shape and device of the last one."""
-    with (RESULTS / "train_step.csv").open(encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
-    newest = rows[-1]
-    alike = [row for row in rows if (row["shape"], row["device"]) == (newest["shape"], newest["device"])]
-    rows = list({(row["variant"], row["context"]): row for row in alike}.values())
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, column, label in zip(axes, ("seconds", "peak_mb"), ("seconds a step", "peak memory (GB)"), strict=True):
-        for variant, name in VARIANTS.items():
-            points = sorted(
-                (int(r["context"]), float(r[column])) for r in rows if r["variant"] == variant and r[column]
-            )
-            scale = 1000 if column == "peak_mb" else 1
-            axis.plot([x for x, _ in points], [y / scale for _, y in points], marker="o", label=f"({variant}) {name}")
-        axis.set(xscale="log", yscale="log", xlabel="tokens in a step", ylabel=label)
-        axis.set_xticks(ticks := sorted({int(r["context"]) for r in rows}), [f"{tick // 1024}k" for tick in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{newest['shape']}, one training step, {newest['device']}", fontsize=10)
-    figure.savefig(target)
-    print(target)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     device = device_for_benchmark()
     cuda = device.type == "cuda"
     parser.add_argument("--contexts", nargs="+", type=int, default=CUDA_CONTEXTS if cuda else CPU_CONTEXTS)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--shape", choices=SHAPES, default="Llama-2-7B" if cuda else "SmolLM2-135M")
     parser.add_argument("--steps", type=int, default=3, help="of each point, the first of which is not counted")
     parser.add_argument("--dry", action="store_true", help="print, append nothing")
-    parser.add_argument("--plot", action="store_true", help="only draw")
     args = parser.parse_args()
-    figure = RESULTS.parent.parent / "docs" / "figures" / "train_step.svg"
-    if args.plot:
-        plot(figure)
-        return
     config = AutoConfig.for_model("llama", **SHAPES[args.shape])
     for context in args.contexts:
         for variant in args.only:
@@ -141,8 +101,6 @@ def main() -> None:
             print(row, flush=True)
             if not args.dry:
                 append_rows("train_step", [row], device)
-    if not args.dry:
-        plot(figure)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,17 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
 @cache
 def _facts(device: torch.device) -> dict[str, str]:
     """What all rows of a run have in common; the commit is that at its beginning."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
-    ).stdout.strip()
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
         "device": device_name(device), "torch": torch.__version__, "commit": commit, "date": date.today().isoformat()
     }  # fmt: skip
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+    ).stdout.strip()
 
 
 def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device) -> Path:

@@ -35,7 +35,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-make_figures, make_cli = script("make_figures"), script("make_cli")
+make_figures, make_cli, make_results = script("make_figures"), script("make_cli"), script("make_results")
 
 
 def without_code(text: str) -> str:
@@ -199,3 +199,10 @@ def test_differences_name_only_files_that_exist() -> None:
     assert len(ours) > 20
     for name in ours:
         assert ((ROOT if name.startswith("docs/") else SOURCE) / name).is_file(), name
+
+
+def test_results_are_those_of_the_committed_rows() -> None:
+    assert make_results.PAGE.read_text(encoding="utf-8") == make_results.page(), "run `python docs/make_results.py`"
+    rows = make_results.newest("train_step", "shape", "variant", "context")
+    drawn = make_results.PICTURE.read_text(encoding="utf-8")
+    assert all(f"{int(row['context']) // 1024}k" in drawn for row in rows)
