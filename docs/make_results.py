@@ -100,7 +100,7 @@ def plan(rows: list[Row]) -> str:
 
 def draw(rows: list[Row]) -> str:
     """Time and memory against context, as SVG."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     contexts = sorted({int(row["context"]) for row in rows})
     for axis, column, scale, label in zip(
         figure.subplots(1, 2), ("seconds", "peak_mb"), (1, 1000), ("seconds a step", "peak memory, GB"), strict=True
@@ -108,12 +108,11 @@ def draw(rows: list[Row]) -> str:
         for variant, name in VARIANTS.items():
             mine = sorted((int(r["context"]), float(r[column])) for r in rows if r["variant"] == variant and r[column])
             axis.plot([x for x, _ in mine], [y / scale for _, y in mine], marker="o", label=f"({variant}) {name}")
-        axis.set(xscale="log", yscale="log", xlabel="tokens in a step", ylabel=label)
+        axis.set(xscale="log", ylim=(0, None), xlabel="tokens in a step", ylabel=label)
         axis.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        if column == "seconds":
-            axis.legend(fontsize=7, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "longlora", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
