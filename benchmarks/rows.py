@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from longlora.evaluation.run import device_name
+from longlora.planning.calibrate import seconds_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,13 +28,7 @@ def interleaved(ways: Mapping[str, Callable[[], None]], repeats: int, device: to
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, call in ways.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(seconds_of(call, device))
     return {name: times[1:] for name, times in seconds.items()}
 
 

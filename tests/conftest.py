@@ -7,12 +7,17 @@ import os
 # Before transformers is imported: no test asks a hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Result
 from tiny import llama_config, save_tiny_model
 from transformers import LlamaForCausalLM
+
+from longlora.cli.app import main
 
 
 @pytest.fixture
@@ -38,3 +43,21 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             return made.fill_(torch.nan) if made.is_floating_point() else made
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def longlora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """The command in this process, in an empty folder: starting Python for each call would take seconds."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["longlora", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capfd.readouterr()
+        return Result(int(stopped.value.code or 0), printed.out, printed.err)
+
+    return run

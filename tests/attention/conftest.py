@@ -16,7 +16,7 @@ from transformers import modeling_flash_attention_utils
 from longlora.attention import flex
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Thousands of tiny operations: waiting for a second thread would take most of the time."""
     threads = torch.get_num_threads()

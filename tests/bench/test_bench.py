@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from tiny import llama_config
 
 from longlora.bench.inputs import random_model
 from longlora.bench.step import StepCost, StepJob, measure_apart, recipe_of
-from longlora.cli.app import main
 
 
 @pytest.fixture
@@ -29,22 +27,10 @@ def config_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["longlora", "bench", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_bench_prints_ours_beside_full_attention(config_folder: Path, monkeypatch: Any, capsys: Any) -> None:
-    code, out, _ = run(
-        [str(config_folder), "attention.group_size=32", "train.logging_steps=10", "--context", "128", "--steps", "2",
-         "--layers", "1"],
-        monkeypatch, capsys,
+def test_bench_prints_ours_beside_full_attention(config_folder: Path, longlora: Any) -> None:
+    code, out, _ = longlora(
+        "bench", str(config_folder), "attention.group_size=32", "train.logging_steps=10", "--context", "128",
+        "--steps", "2", "--layers", "1",
     )  # fmt: skip
     assert code == 0
     lines = [line for line in out.splitlines() if "GB" in line]
@@ -64,10 +50,8 @@ def test_bench_prints_ours_beside_full_attention(config_folder: Path, monkeypatc
         (["train.setps=3"], "did you mean train.steps"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], said: str, config_folder: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    code, out, err = run([str(config_folder), *arguments], monkeypatch, capsys)
+def test_mistakes_are_one_line(arguments: list[str], said: str, config_folder: Path, longlora: Any) -> None:
+    code, out, err = longlora("bench", str(config_folder), *arguments)
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1

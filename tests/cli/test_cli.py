@@ -6,39 +6,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Result
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
-
-from longlora.cli.app import main
-
-
-@dataclass(frozen=True)
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def longlora(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Result]:
-    """The command in this process, in an empty folder: starting Python for each call would take seconds."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["longlora", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capfd.readouterr()
-        return Result(int(stopped.value.code or 0), printed.out, printed.err)
-
-    return run
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from longlora.planning import machines
 
 FILES = {
     "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\nSwapFree: 1000 kB\n",
-    "/proc/self/status": "Name: python\nVmRSS: 500 kB\n",
 }
 
 
 def available(monkeypatch: pytest.MonkeyPatch, **files: str) -> tuple[int, int, int]:
     """Available, free, and free with swap, in KiB."""
     texts = FILES | files
+    monkeypatch.setattr(machines, "process_bytes", {"VmRSS": 500 * 1024}.get)
     monkeypatch.setattr(machines, "_lines", lambda path: texts.get(str(path), "").splitlines())
     return (
         machines.available_memory() // 1024,

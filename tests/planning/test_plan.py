@@ -11,7 +11,6 @@ import pytest
 from planning_cases import PAPER, llama_2_7b, recipe, small
 from tiny import llama_config
 
-from longlora.cli.app import main
 from longlora.config import dump_recipe
 from longlora.errors import PlanError
 from longlora.planning.calibrate import calibrate
@@ -104,17 +103,6 @@ def test_calibration_measures_positive_rates(kind: str, sizes: dict[str, Any]) -
     assert "measured" in made.basis
 
 
-def run(*arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("sys.argv", ["longlora", "plan", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 @pytest.fixture
 def on_disk(tmp_path: Path) -> str:
     """A recipe whose model folder holds a config and nothing else."""
@@ -126,10 +114,8 @@ def on_disk(tmp_path: Path) -> str:
     return str(tmp_path / "recipe.yaml")
 
 
-def test_command_line(on_disk: str, capsys: Any, monkeypatch: Any) -> None:
-    code, out, _ = run(
-        on_disk, "--gpu", "a100-80g", "--gpus", "8", "--price", "2", capsys=capsys, monkeypatch=monkeypatch
-    )
+def test_command_line(on_disk: str, longlora: Any) -> None:
+    code, out, _ = longlora("plan", on_disk, "--gpu", "a100-80g", "--gpus", "8", "--price", "2")
     assert code == 0
     for said in (
         "8 x a100-80g",
@@ -141,13 +127,13 @@ def test_command_line(on_disk: str, capsys: Any, monkeypatch: Any) -> None:
         "merged model",
     ):
         assert said in out
-    code, out, _ = run(on_disk, "--gpu", "l4", "--json", "train.steps=7", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = longlora("plan", on_disk, "--gpu", "l4", "--json", "train.steps=7")
     assert code == 0
     assert Plan.from_json(out).steps == 7
 
 
-def test_command_line_measures_this_machine(on_disk: str, capsys: Any, monkeypatch: Any) -> None:
-    code, out, err = run(on_disk, "--json", capsys=capsys, monkeypatch=monkeypatch)
+def test_command_line_measures_this_machine(on_disk: str, longlora: Any) -> None:
+    code, out, err = longlora("plan", on_disk, "--json")
     assert code == 0
     assert "measuring this machine" in err
     assert "measured" in Plan.from_json(out).rates
@@ -164,16 +150,16 @@ def test_command_line_measures_this_machine(on_disk: str, capsys: Any, monkeypat
         (["--gpu", "l4", "context.context_length=32"], "is not longer than"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], said: str, on_disk: str, capsys: Any, monkeypatch: Any) -> None:
-    code, _, err = run(on_disk, *arguments, capsys=capsys, monkeypatch=monkeypatch)
+def test_mistakes_are_one_line(arguments: list[str], said: str, on_disk: str, longlora: Any) -> None:
+    code, _, err = longlora("plan", on_disk, *arguments)
     assert code == 2
     assert said in err
     assert err.startswith("longlora: ")
     assert err.count("\n") == 1
 
 
-def test_fit_prints_the_longest_and_does_not_fail(on_disk: str, capsys: Any, monkeypatch: Any) -> None:
+def test_fit_prints_the_longest_and_does_not_fail(on_disk: str, longlora: Any) -> None:
     arguments = ["--gpu", "l4", "--memory", "0.65", "--fit", "context.context_length=65536"]
-    code, out, _ = run(on_disk, *arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = longlora("plan", on_disk, *arguments)
     assert code == 0
     assert "longest context that fits" in out

@@ -23,6 +23,7 @@ from longlora.artifacts import RunFolder
 from longlora.config import Recipe, build_recipe
 from longlora.memory import allocator
 from longlora.memory.allocator import keep_freed_memory, use_huge_pages
+from longlora.memory.limit import process_bytes
 
 Variant = Literal["trainer", "roll", "longlora"]
 """``trainer``: transformers' Trainer with PEFT's LoRA, scaled_dot_product_attention, activation checkpointing and the
@@ -168,11 +169,9 @@ def _peak() -> int:
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    # Where there is no /proc. On Linux a process inherits this number from the one that started it.
+    if (peak := process_bytes("VmHWM")) is not None:
+        return peak
+    # On Linux a process inherits this number from the one that started it.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

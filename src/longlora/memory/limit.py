@@ -15,7 +15,8 @@ def limited_memory(more: int) -> Iterator[None]:
 
     torch says then that it can't allocate memory. Where there is no such limit (not Linux) nothing is done.
     """
-    now = _private_bytes() if sys.platform == "linux" else None
+    # What RLIMIT_DATA counts: private writable memory, used or not.
+    now = process_bytes("VmData") if sys.platform == "linux" else None
     if now is None:
         yield
         return
@@ -28,10 +29,10 @@ def limited_memory(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _private_bytes() -> int | None:
-    """What RLIMIT_DATA counts: private writable memory, used or not."""
+def process_bytes(name: str) -> int | None:
+    """A size of this process in bytes, as Linux names it (``VmData``, ``VmRSS``, ``VmHWM``); None without /proc."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmData:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return None

@@ -172,14 +172,16 @@ def _bandwidth() -> float:
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """The best of a few, after one to warm up."""
-    best = float("inf")
-    for repeat in range(_REPEATS + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if repeat:
-            best = min(best, time.perf_counter() - began)
-    return best
+    seconds_of(call, device)
+    return min(seconds_of(call, device) for _ in range(_REPEATS))
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, with all that it began on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

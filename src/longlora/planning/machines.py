@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from longlora.errors import PlanError
+from longlora.memory.limit import process_bytes
 
 _UTILISATION = 0.46
 _SCORE_UTILISATION = 0.68
@@ -142,7 +143,7 @@ def with_memory(machine: Machine, gigabytes: float) -> Machine:
 
 def available_memory() -> int:
     """Bytes that this process can have in all without swapping: its own, and what is free."""
-    return _numbers(Path("/proc/self/status"), ":").get("VmRSS", 0) * 1024 + free_memory()
+    return (process_bytes("VmRSS") or 0) + free_memory()
 
 
 def free_memory(*, swap: bool = False) -> int:
@@ -179,7 +180,7 @@ def _left_by_cgroups() -> Iterator[int]:
 
 
 def _numbers(path: Path, separator: str) -> dict[str, int]:
-    """First numbers of lines such as ``VmRSS:  123 kB``."""
+    """First numbers of lines such as ``SwapFree:  123 kB``."""
     pairs = (line.split(separator, 1) for line in _lines(path) if separator in line)
     return {name: int(rest.split()[0]) for name, rest in pairs if rest.split() and rest.split()[0].isdigit()}
 
