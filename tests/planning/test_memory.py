@@ -187,6 +187,22 @@ def test_other_architectures_are_rehearsed(kind: str, sizes: dict[str, Any]) -> 
     assert memory(recipe(1024, **{"attention.group_size": 256}), small(kind, **sizes)).temporary > 0
 
 
+def test_on_a_cpu_experts_cost_kernels_up_to_a_limit() -> None:
+    sizes = {"num_experts": 8, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
+    def extra(context: int, machine: Machine, **changed: Any) -> int:
+        config = small("qwen3_moe", **sizes | changed)
+        made = memory(recipe(context, **{"attention.group_size": 256}), config, machine)
+        tensors = made.peak - made.process - made.allocator
+        return made.allocator - round(machine.allocator_share * tensors)
+
+    # An expert gets 1,024 of 4,096 tokens; the numbers within two deviations are 4 * 32, of 4 products each.
+    assert extra(4096, this_machine()) == round(4 * 4 * 32 * 0.7e6)
+    assert extra(2**20, this_machine()) == round(1024 * 0.7e6)
+    assert extra(4096, gpu("l4")) == 0
+    assert extra(4096, this_machine(), num_experts=1, num_experts_per_tok=1) == 0
+
+
 def test_data_parallel_training_holds_gradients_in_buckets_as_well() -> None:
     one, two = (memory(recipe(), machine=gpu("l4", count)) for count in (1, 2))
     assert two.gradients - one.gradients == 4 * outline(small(num_hidden_layers=3), recipe()).trained

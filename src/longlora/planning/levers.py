@@ -71,6 +71,19 @@ def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     return build_recipe(recipe.model_dump(), [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
+def with_levers(recipe: Recipe, pulled: list[Lever]) -> Recipe:
+    """`recipe` with levers pulled one after the other."""
+    return with_settings(recipe, settings_of_levers(pulled))
+
+
+def settings_of_levers(pulled: list[Lever]) -> dict[str, Any]:
+    """What levers set together; a later one replaces an earlier one of the same key."""
+    settings: dict[str, Any] = {}
+    for lever in pulled:
+        settings |= lever.settings
+    return settings
+
+
 def written(settings: dict[str, Any]) -> str:
     """Settings as they are given on the command line."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}

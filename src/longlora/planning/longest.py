@@ -12,7 +12,7 @@ from longlora.config import Recipe
 from longlora.errors import LongLoraError
 from longlora.model.build import device_for_run
 from longlora.model.levers import check_levers
-from longlora.planning.levers import Lever, levers, with_settings, written
+from longlora.planning.levers import Lever, levers, settings_of_levers, with_levers, with_settings, written
 from longlora.planning.machines import Machine
 from longlora.planning.memory import Memory, fits, peak_memory
 from longlora.planning.outline import Outline, outline
@@ -83,19 +83,6 @@ def cheapest_levers(recipe: Recipe, machine: Machine, enough: Callable[[Recipe],
     return pulled
 
 
-def with_levers(recipe: Recipe, pulled: list[Lever]) -> Recipe:
-    """`recipe` with levers pulled one after the other."""
-    return with_settings(recipe, settings_of_levers(pulled))
-
-
-def settings_of_levers(pulled: list[Lever]) -> dict[str, Any]:
-    """What levers set together; a later one replaces an earlier one of the same key."""
-    settings: dict[str, Any] = {}
-    for lever in pulled:
-        settings |= lever.settings
-    return settings
-
-
 def does_not_fit(context_length: int, memory: Memory, machine: str, available: int, fit: Fit | None) -> str:
     """One line for a context that needs more than the `available` bytes: by how much, the largest part, what to do."""
     problem = (
@@ -111,7 +98,7 @@ def _remedy(context_length: int, fit: Fit | None) -> str:
     if fit.with_levers >= context_length:
         return f"set {written(fit.levers)}, with which {fit.with_levers} tokens fit (as it is: {fit.as_it_is})"
     if not fit.levers:
-        return f"at most {fit.as_it_is} tokens fit, with every lever already set: take more memory"
+        return f"at most {fit.as_it_is} tokens fit and no setting that is left helps: take more memory"
     return f"at most {fit.as_it_is} tokens fit as it is, {fit.with_levers} with {written(fit.levers)}"
 
 

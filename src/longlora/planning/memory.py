@@ -7,6 +7,7 @@ from the model without weights; what a process and its allocator need beside ten
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import get_args
 
@@ -14,13 +15,17 @@ from transformers import PreTrainedConfig
 
 from longlora.config import Recipe
 from longlora.planning.machines import Machine
-from longlora.planning.outline import Outline
+from longlora.planning.outline import Outline, experts_of
 from longlora.planning.rehearsal import Bytes, Phase, Rehearsal, rehearse
 
 _ADAM_STATES = 8  # two float32 numbers for each trained parameter
 _ADAM_8BIT_STATES = 2
 _NF4_BYTES = 0.5 + 0.016  # with the scales of blocks of 64, themselves in 8 bits (QLoRA, section 3)
 _HALF = 2
+# A product that oneDNN compiled for one number of rows, measured with what it splits off the heap (docs/log.md).
+_KERNEL_BYTES = 0.7e6
+_MOST_KERNELS = 1024  # that oneDNN keeps
+_EXPERT_PRODUCTS = 4  # kinds of them: two in the forward and two in the backward pass
 _NO_PARTS = ("moment", "offloaded")
 _WHERE = {
     "forward": "the forward pass of a layer",
@@ -105,7 +110,7 @@ def peak_memory(
         gradients=round(gradients),
         saved_activations=round(held["saved"]),
         temporary=round(held["temporary"]),
-        allocator=round(machine.allocator_share * tensors),
+        allocator=round(machine.allocator_share * tensors) + _expert_kernels(config, recipe, machine),
         moment=_WHERE[phase],
         offloaded=offloaded,
     )
@@ -120,6 +125,20 @@ def optimizer_bytes(recipe: Recipe, model: Outline) -> int:
     """States of the optimizer; those of whole embeddings (and of norms, which are small) stay in 32 bits."""
     small = model.lora if recipe.train.optimizer != "adamw" else 0
     return (model.trained - small) * _ADAM_STATES + small * _ADAM_8BIT_STATES
+
+
+def _expert_kernels(config: PreTrainedConfig, recipe: Recipe, machine: Machine) -> int:
+    """What a CPU keeps for products with as many rows as experts are given tokens, a number that hardly repeats.
+
+    A balanced router gives an expert ``tokens * chosen / experts`` tokens, nearly always within two standard deviations
+    (about the root of that); an unbalanced one reaches the most that is kept.
+    """
+    experts, chosen = experts_of(config)
+    if machine.cuda or experts == 1:
+        return 0
+    tokens = recipe.context.context_length * recipe.train.micro_batch_size
+    numbers = 4 * math.sqrt(tokens * chosen / experts)
+    return round(min(_EXPERT_PRODUCTS * numbers, _MOST_KERNELS) * _KERNEL_BYTES)
 
 
 def _quantize(held: Bytes, recipe: Recipe, model: Outline) -> None:

@@ -155,8 +155,7 @@ def _own_pattern(base: PreTrainedModel, module: nn.Module, sparse: S2Pattern, co
 def _used(base: PreTrainedModel) -> dict[str, int]:
     """Elements of the matrices that a token meets in attention modules and elsewhere, without the output head."""
     attention = tuple(f"{n}." for n, m in base.named_modules() if type(m).__name__.endswith("Attention"))
-    config: Any = base.config.get_text_config(decoder=True)
-    chosen = int(getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1)
+    experts, chosen = experts_of(base.config)
     used = {"projections": 0, "mlp": 0}
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
@@ -165,7 +164,6 @@ def _used(base: PreTrainedModel) -> dict[str, int]:
         part = "projections" if f"{name}.".startswith(attention) else "mlp"
         if _is_linear(module):
             weight: Any = module.weight
-            experts = int(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1)
             one_of_many = ".experts." in f"{name}."
             used[part] += weight.numel() * chosen // experts if one_of_many else weight.numel()
         for parameter in module.parameters(recurse=False):
@@ -174,6 +172,17 @@ def _used(base: PreTrainedModel) -> dict[str, int]:
             if parameter.ndim == 3 and "expert" in type(module).__name__.lower():  # experts stacked in one tensor
                 used[part] += parameter.numel() * chosen // parameter.shape[0]
     return used
+
+
+def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Experts in a layer and how many of them a token meets; (1, 1) without experts."""
+    text = config.get_text_config(decoder=True)
+
+    def first(*names: str) -> int:
+        return next((int(value) for name in names if (value := getattr(text, name, None))), 1)
+
+    experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return experts, min(experts, first("num_experts_per_tok", "moe_topk", "moe_k"))
 
 
 def _copied(model: nn.Module) -> int:

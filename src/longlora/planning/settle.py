@@ -12,14 +12,8 @@ from transformers import PreTrainedConfig
 
 from longlora.config import Recipe
 from longlora.errors import LongLoraError, PlanError
-from longlora.planning.levers import levers, with_settings, written
-from longlora.planning.longest import (
-    cheapest_levers,
-    does_not_fit,
-    longest_context,
-    settings_of_levers,
-    with_levers,
-)
+from longlora.planning.levers import levers, settings_of_levers, with_levers, with_settings, written
+from longlora.planning.longest import cheapest_levers, does_not_fit, longest_context
 from longlora.planning.machines import Machine
 from longlora.planning.memory import Memory, fits, peak_memory
 from longlora.planning.outline import outline
