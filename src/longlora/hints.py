@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +20,9 @@ def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str
     if first["type"] == "missing":
         return f"{source}: {dotted} is missing; add it to the recipe or give {dotted}=VALUE{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        choices = re.findall("'([^']*)'", message)
+        message += "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(str(first["input"]), choices, 1))
     if isinstance(first["input"], dict):  # a rule about a whole section names its values itself
         return f"{source}: {dotted}: {message}{more}" if dotted else f"{source}: {message}{more}"
     return f"{source}: {dotted} = {first['input']!r}: {message}{more}"

@@ -4,6 +4,15 @@ In: a YAML file and strings such as ``train.steps=20``. Out: a frozen, validated
 This package imports neither torch nor transformers, so that a wrong key is reported at once.
 """
 
+from longlora.config.evaluation import (
+    EvalConfig,
+    LongEvalConfig,
+    LongPPLConfig,
+    NeedleConfig,
+    PasskeyConfig,
+    PerplexityConfig,
+    RulerConfig,
+)
 from longlora.config.recipe import Recipe, build_recipe, dump_recipe, load_recipe
 from longlora.config.sections import (
     CHANGEABLE_ON_RESUME,
@@ -11,10 +20,7 @@ from longlora.config.sections import (
     AttentionConfig,
     ContextConfig,
     DataConfig,
-    EvalConfig,
     ModelConfig,
-    PasskeyConfig,
-    PerplexityConfig,
     TrainConfig,
 )
 
@@ -25,10 +31,14 @@ __all__ = [
     "ContextConfig",
     "DataConfig",
     "EvalConfig",
+    "LongEvalConfig",
+    "LongPPLConfig",
     "ModelConfig",
+    "NeedleConfig",
     "PasskeyConfig",
     "PerplexityConfig",
     "Recipe",
+    "RulerConfig",
     "TrainConfig",
     "build_recipe",
     "dump_recipe",

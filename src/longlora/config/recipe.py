@@ -12,14 +12,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from longlora.config.evaluation import EvalConfig
+from longlora.config.section import Section
 from longlora.config.sections import (
     AdapterConfig,
     AttentionConfig,
     ContextConfig,
     DataConfig,
-    EvalConfig,
     ModelConfig,
-    Section,
     TrainConfig,
     even_above,
 )

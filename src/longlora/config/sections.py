@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Settings that belong together; an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from longlora.config.section import Section
 
 
 class ModelConfig(Section):
@@ -225,43 +221,3 @@ CHANGEABLE_ON_RESUME = (
     "loss_chunk_tokens",
 )
 """Keys of `train` that a resumed run may change: its length, and what changes results by rounding at most."""
-
-
-class PerplexityConfig(Section):
-    """Loss on held-out documents: each token is scored once (Press et al. 2021, section 2)."""
-
-    context_lengths: list[Annotated[int, Field(gt=1)]] | None = Field(default=None, min_length=1)
-    """Window sizes in tokens; null means the original and the new context length."""
-    stride: int | None = Field(default=None, gt=0)
-    """Tokens a window advances; null means the window size (disjoint windows)."""
-    tokens_per_document: int | None = Field(default=None, gt=0)
-    """First tokens of each document that are scored; null means one window of each context length."""
-    max_documents: int = Field(default=8, gt=0)
-    """Held-out documents that are read: the first ones that are long enough."""
-
-
-class PasskeyConfig(Section):
-    """Passkey retrieval on a grid of lengths and depths (Mohtashami and Jaggi 2023)."""
-
-    lengths: list[Annotated[int, Field(gt=1)]] | None = Field(default=None, min_length=1)
-    """Prompt lengths in tokens; null means quarter, half, three quarters and all of the new context."""
-    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field(default=[0.1, 0.5, 0.9], min_length=1)
-    """Where the key stands: 0 is the beginning of the prompt, 1 its end. With ``heldout``: of the shortest length."""
-    num_trials: int = Field(default=2, ge=0)
-    """Keys per grid cell; 0 leaves the test out. With ``heldout`` every document is one trial."""
-    haystack: Literal["filler", "heldout"] = "filler"
-    """``filler`` repeats the original five sentences, one prompt for each key. ``heldout`` hides a number for each
-    depth in the held-out documents, which are read anyway, and asks for all of them at every length."""
-
-
-class EvalConfig(Section):
-    """What is measured, always with full attention, for base, RoPE rescaled only, and trained."""
-
-    variants: list[Literal["base", "rope_only", "trained"]] = ["base", "rope_only", "trained"]
-    """What is measured: the model as it came, with RoPE rescaled only, and trained."""
-    perplexity: PerplexityConfig = Field(default_factory=PerplexityConfig)
-    passkey: PasskeyConfig = Field(default_factory=PasskeyConfig)
-    prefill_chunk_tokens: int = Field(default=2048, gt=0)
-    """Tokens per forward pass when a long prompt is read into the KV cache."""
-    seed: int = Field(default=0, ge=0)
-    """Choice of the hidden numbers."""
