@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from longlora.evaluation.run import device_name
+from longlora.evaluation.variants import device_name
 from longlora.planning.calibrate import seconds_of
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,9 +34,13 @@ import json
 import typer.main
 from typer.testing import CliRunner
 from longlora.cli.app import app
-verbs = list(typer.main.get_command(app).commands)
+def walk(command, path):
+    for name, child in getattr(command, "commands", {}).items():
+        yield [*path, name]
+        yield from walk(child, [*path, name])
 run = CliRunner().invoke
-print(json.dumps({verb: run(app, [verb, "--help"], prog_name="longlora").output for verb in verbs}))
+verbs = walk(typer.main.get_command(app), [])
+print(json.dumps({" ".join(verb): run(app, [*verb, "--help"], prog_name="longlora").output for verb in verbs}))
 """
 _LIMITS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}

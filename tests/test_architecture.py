@@ -16,7 +16,7 @@ LAYERS = [
     {"model", "data"},
     {"memory", "attention"},
     {"config", "artifacts"},
-    {"errors", "hints"},
+    {"errors", "hints", "duration"},
 ]
 FORBIDDEN = [("data", "model"), ("evaluation", "training"), ("training", "evaluation"), ("planning", "training")]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

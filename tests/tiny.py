@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 128
@@ -33,10 +33,13 @@ def llama_config(**changes: object) -> LlamaConfig:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens: every text has as many tokens as bytes, and nothing is unknown."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {letter: index + 3 for index, letter in enumerate(alphabet)}
+    """Bytes as tokens: every text has as many tokens as bytes, and nothing in ASCII is unknown."""
+    # Space and line break first: as letters of the byte alphabet they come behind all printable ones.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (letter not in "ĠĊ", letter))
+    letters = {letter: index + 3 for index, letter in enumerate(alphabet[: VOCABULARY - 3])}
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | letters
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"

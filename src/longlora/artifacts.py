@@ -75,6 +75,18 @@ class RunFolder:
     def report_markdown(self) -> Path:
         return self.root / "report.md"
 
+    @property
+    def results_json(self) -> Path:
+        return self.root / "results.json"
+
+    def harness(self, variant: str) -> Path:
+        """Rows of standard benchmarks of one variant."""
+        return self.root / "eval" / f"{variant}.harness.json"
+
+    def samples(self, variant: str) -> Path:
+        """Finished rows of one variant, a line each, while it is measured and afterwards."""
+        return self.root / "eval" / f"{variant}.samples.jsonl"
+
     def evaluation(self, variant: str) -> Path:
         return self.root / "eval" / f"{variant}.json"
 

@@ -29,3 +29,11 @@ class RunFolderError(LongLoraError):
 
 class PlanError(LongLoraError):
     """A run that the machine cannot hold, or a machine that is not known."""
+
+
+class InterruptedRunError(LongLoraError):
+    """A run that a signal stopped once its step was saved; `exit_code` is what a shell has for that signal."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

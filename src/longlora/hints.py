@@ -22,7 +22,9 @@ def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "literal_error":
         choices = re.findall("'([^']*)'", message)
-        message += "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(str(first["input"]), choices, 1))
+        message += "".join(
+            f"; did you mean {near}?" for near in difflib.get_close_matches(str(first["input"]), choices, 1)
+        )
     if isinstance(first["input"], dict):  # a rule about a whole section names its values itself
         return f"{source}: {dotted}: {message}{more}" if dotted else f"{source}: {message}{more}"
     return f"{source}: {dotted} = {first['input']!r}: {message}{more}"

@@ -1,6 +1,7 @@
 """The command line as a person meets it: a whole small run, and one line for every mistake."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, t
         rows = json.loads((run / "eval" / f"{variant}.json").read_text())
         assert {row["context_length"] for row in rows["perplexity"]} == {64, 512}
         assert len(rows["perplexity"]) == 4
-        assert len(rows["passkey"]) == 2
+        assert [row["task"] for row in rows["retrieval"]] == ["passkey"] * 2
         assert rows["attention"] == "full (sdpa)"
     reported = longlora("report", "run")
     assert reported.returncode == 0, reported.stderr
@@ -76,6 +77,11 @@ def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, t
     ).read_text()
     assert (run / "report.md").exists()
     assert "steps: 3" in (run / "recipe.yaml").read_text()
+    assert json.loads((run / "results.json").read_text())["schema"] >= 1
+    digits = rows["retrieval"][0]["prompt_sha256"][:12]
+    shown = longlora("eval", "prompt", "run", digits)
+    assert "The pass key is" in shown.stdout
+    assert longlora("eval", "prompt", "run", "0" * 12).stderr.startswith(f"longlora: prompt '{'0' * 12}': none of the")
     # A run folder goes where its owner moves it.
     shutil.copytree(run, tmp_path / "moved")
     assert longlora("report", str(tmp_path / "moved")).returncode == 0
@@ -242,30 +248,36 @@ def test_help_lists_every_verb(longlora: Callable[..., Result]) -> None:
         assert verb in shown
 
 
-def test_an_interrupt_is_one_line_and_leaves_whole_files(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_saves_the_step_says_so_in_one_line_and_can_be_resumed(
+    recipe: Path, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
     command = [sys.executable, "-m", "longlora"]
     made = subprocess.run(
         [*command, "prepare", "recipe.yaml"], cwd=tmp_path, capture_output=True, timeout=120, check=True
     )
     assert made.returncode == 0
     training = subprocess.Popen(
-        [*command, "train", "recipe.yaml", "train.steps=10000", "train.save_steps=2"],
+        [*command, "train", "recipe.yaml", "train.steps=10000", "train.save_steps=5000"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert training.stdout is not None
     for line in training.stdout:
         if line.startswith("step 5/"):
             break
-    training.send_signal(signal.SIGINT)
+    training.send_signal(sent)
     _, errors = training.communicate(timeout=120)
-    assert training.returncode == 130
-    assert errors.splitlines()[-1].startswith("longlora: interrupted")
+    assert training.returncode == code
+    said = re.fullmatch(rf"longlora: interrupted by {sent.name}; step (\d+) is saved.*", errors.splitlines()[-1])
+    assert said is not None, errors
+    step = int(said[1])
     run = tmp_path / "run"
+    assert (run / "checkpoints" / f"checkpoint-{step}" / "manifest.json").exists()
     assert not (run / "adapter").exists()
     resumed = subprocess.run(
-        [*command, "resume", "recipe.yaml", "train.steps=8"],
+        [*command, "resume", "recipe.yaml", f"train.steps={step + 2}"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
-    assert "step 8/8" in resumed.stdout
+    assert f"step {step + 1}/" in resumed.stdout
     assert (run / "adapter" / "manifest.json").exists()

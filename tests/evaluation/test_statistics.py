@@ -7,11 +7,13 @@ import random
 
 import pytest
 
-from longlora.evaluation.statistics import (
+from longlora.evaluation.report.statistics import (
     mean_interval,
+    normal_interval,
     paired_difference,
     t_quantile,
     token_weighted_mean,
+    weighted_mean_interval,
     wilson_interval,
 )
 
@@ -114,3 +116,38 @@ def test_token_weighted_mean() -> None:
         token_weighted_mean([], [])
     with pytest.raises(ValueError, match="1 losses and 2"):
         token_weighted_mean([1.0], [1, 2])
+
+
+def test_wilson_of_partial_scores_lies_between_those_of_whole_answers() -> None:
+    lower, between, upper = (wilson_interval(correct, 10) for correct in (3, 3.5, 4))
+    assert lower[0] < between[0] < upper[0]
+    assert lower[1] < between[1] < upper[1]
+
+
+def test_weighted_interval_with_equal_weights_is_the_ordinary_one() -> None:
+    values = [1.0, 2.5, 2.0, 7.0]
+    assert weighted_mean_interval(values, [5] * 4) == pytest.approx(mean_interval(values))
+
+
+def test_weighted_interval_by_hand() -> None:
+    # Mean (3 * 1 + 1 * 5) / 4 = 2; residuals weighted by weight / 2: -1.5 and 1.5; t(1) = 12.7062.
+    half = 12.7062047 * math.sqrt((1.5**2 + 1.5**2) / 1 / 2)
+    assert weighted_mean_interval([1.0, 5.0], [3, 1]) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
+    assert weighted_mean_interval([1.0], [3]) == (1.0, None, None)
+
+
+def test_weighted_interval_covers_the_true_mean_about_95_times_in_100() -> None:
+    generator = random.Random(0)
+    covered = 0
+    for _ in range(2000):
+        weights = [generator.randint(50, 150) for _ in range(20)]
+        _, low, high = weighted_mean_interval([generator.gauss(1, 2) for _ in weights], weights)
+        assert low is not None
+        assert high is not None
+        covered += low <= 1 <= high
+    assert covered / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_normal_interval() -> None:
+    assert normal_interval(0.5, 0.1) == pytest.approx((0.5, 0.304, 0.696), abs=1e-4)
+    assert normal_interval(0.5, None) == (0.5, None, None)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 import longlora
-from longlora.evaluation.stream import Question, read
+from longlora.evaluation.reading.stream import Question, read
 from longlora.model.head import output_head
 
 
@@ -45,6 +45,22 @@ def test_questions_are_answered_as_if_each_were_alone(
         said = tuple(generated[0, len(prompt) :].tolist())
         assert answer.likeliest[0] == said[0]
         assert (answer.likeliest == question.answer) == (said == question.answer)
+
+
+def test_questions_before_the_text_twice_and_at_one_place(tiny_llama: LlamaForCausalLM, tokens: list[int]) -> None:
+    """Wherever pieces end, and whatever was asked before at the same place."""
+    questions = [Question(position, (5, 6), (7,)) for position in (0, 1, 16, 16, 49, 50)]
+    head = output_head(tiny_llama)
+    reading = read(tiny_llama, head, tokens, [*questions, Question(16, (8,), (3, 3))], chunk_tokens=16)
+    torch.testing.assert_close(reading.losses_T[1:], naive_losses(tiny_llama, tokens), rtol=1e-4, atol=1e-4)
+    for question, answer in zip(questions, reading.answers, strict=False):
+        alone = naive_losses(tiny_llama, [*tokens[: question.position], 5, 6, 7])[-1]
+        assert answer.log_probability == pytest.approx(-alone.item(), rel=1e-4)
+
+
+def test_a_question_after_the_end_is_refused(tiny_llama: LlamaForCausalLM, tokens: list[int]) -> None:
+    with pytest.raises(AssertionError, match="a question at 51 of 50 tokens"):
+        read(tiny_llama, output_head(tiny_llama), tokens, [Question(51, (5,), (7,))], chunk_tokens=16)
 
 
 def test_a_right_answer_is_recognised(tiny_llama: LlamaForCausalLM, tokens: list[int]) -> None:

@@ -10,7 +10,6 @@ import copy
 import itertools
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from longlora.artifacts import RunFolder
 from longlora.config import Recipe, build_recipe
 from longlora.memory import allocator
 from longlora.memory.allocator import keep_freed_memory, use_huge_pages
-from longlora.memory.limit import process_bytes
+from longlora.memory.limit import peak_bytes
 
 Variant = Literal["trainer", "roll", "longlora"]
 """``trainer``: transformers' Trainer with PEFT's LoRA, scaled_dot_product_attention, activation checkpointing and the
@@ -101,7 +100,7 @@ def recipe_of(job: StepJob) -> Recipe:
 def _measure(job: StepJob) -> StepCost:
     ends = _train_ours(job) if job.variant == "longlora" else _train_plain(job)
     times = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    return StepCost(statistics.median(times[1:] or times), job.context_length, _peak())
+    return StepCost(statistics.median(times[1:] or times), job.context_length, peak_bytes())
 
 
 def _train_ours(job: StepJob) -> list[float]:
@@ -162,17 +161,6 @@ def _train_plain(job: StepJob) -> list[float]:
     data = [{"input_ids": row, "labels": row} for row in rows]
     Trainer(model=model, args=arguments, train_dataset=data, callbacks=[clock]).train()
     return clock.ends
-
-
-def _peak() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_reserved())
-    if (peak := process_bytes("VmHWM")) is not None:
-        return peak
-    # On Linux a process inherits this number from the one that started it.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import warnings
 import typer
 
 from longlora.cli import bench, check, measure, plan, prepare, quickstart, train
-from longlora.errors import LongLoraError
+from longlora.errors import InterruptedRunError, LongLoraError
 from longlora.memory.allocator import keep_freed_memory, use_huge_pages
 
 _INTERRUPTED = 130
@@ -41,6 +41,8 @@ def main() -> None:
     keep_freed_memory()
     try:
         app()
+    except InterruptedRunError as error:
+        _fail(str(error), error.exit_code)
     except LongLoraError as error:
         _fail(str(error), 2)
     except SystemExit as stopped:

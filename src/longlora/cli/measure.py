@@ -1,25 +1,52 @@
-"""``longlora eval`` and ``report``."""
+"""``longlora eval`` with its commands, and ``report``."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from longlora.artifacts import RunFolder
-from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
+from longlora.cli.harness import harness
+from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe, save_recipe
+from longlora.config import build_recipe
+from longlora.errors import RecipeError, RunFolderError
+
+_DEFAULT = "recipe"
+
+
+class _RunByDefault(TyperGroup):
+    """``longlora eval RECIPE`` is ``longlora eval recipe RECIPE``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args and args[0] in self.commands else [_DEFAULT, *args])
+
+
+evaluation = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Measure models with full attention; `eval RECIPE` is `eval recipe RECIPE`.",
+)
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verbs of this file."""
-    app.command(name="eval")(evaluate)
+    evaluation.command(name=_DEFAULT)(evaluate)
+    evaluation.command(name="model")(evaluate_model)
+    evaluation.command(name="prompt")(prompt)
+    evaluation.command(name="harness")(harness)
+    app.add_typer(evaluation, name="eval")
     app.command()(report)
 
 
 def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Measure base, RoPE only and trained on the held-out documents, with full attention."""
+    """Measure base, RoPE only and trained; an interrupted measurement goes on where it was."""
     resolved = read_recipe(recipe, overrides)
     from longlora.evaluation.run import evaluate as run_evaluation
 
@@ -27,24 +54,82 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> Non
         console().print(f"rows: {path}", highlight=False)
 
 
-def report(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Write report.html and report.md from the measured rows, and print the table."""
-    write_and_print(RunFolder(read_recipe(recipe, overrides).run_path), console())
+def evaluate_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id, extended by anybody.")],
+    overrides: OverridesArgument = None,
+    text: Annotated[list[str] | None, typer.Option(help="Long text to read; may be given many times.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where rows and report go [default: eval_MODEL].")] = None,
+    context_length: Annotated[int | None, typer.Option(help="Tokens to measure up to [default: the model's].")] = None,
+) -> None:
+    """Measure any model as it is, without a recipe, and write its report."""
+    if not text:
+        raise RecipeError("nothing to read: give at least one --text FILE, as long as the context")
+    from longlora.config import ModelConfig
+    from longlora.evaluation.run import evaluate as run_evaluation
+    from longlora.model.build import load_config
+    from longlora.model.rope import current_context
+
+    folder = run_dir or Path(f"eval_{Path(model).name}")
+    context = context_length or current_context(load_config(ModelConfig(name_or_path=model)))
+    values = {
+        "run_dir": str(folder),
+        "model": {"name_or_path": model},
+        "context": {"context_length": context},
+        "eval": {"variants": ["base"], "haystack": text, "perplexity": {"texts": text}},
+    }
+    resolved = build_recipe(values, overrides or [])
+    run = RunFolder(folder)
+    if run.recipe.exists() and read_recipe(folder, None).model != resolved.model:
+        raise RunFolderError(f"{folder} holds the measurements of another model: give another --run-dir")
+    save_recipe(resolved)
+    run_evaluation(resolved, console())
+    write_and_print([run], folder, console())
 
 
-def write_and_print(run: RunFolder, out: Console) -> None:
+def prompt(
+    recipe: RecipeArgument,
+    sha256: Annotated[str, typer.Argument(metavar="SHA256", help="First digits of a row's prompt_sha256.")],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Print the prompt that a row was measured with, made again from the recipe."""
+    resolved = read_recipe(recipe, overrides)
+    from longlora.evaluation.run import find_prompt
+
+    typer.echo(find_prompt(resolved, sha256))
+
+
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Recipes or run folders, and KEY=VALUE overrides for one recipe."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder of the report [default: the first run's].")] = None,
+) -> None:
+    """Write report.html, report.md and results.json from the rows of one or more runs, and print the table."""
+    paths = [Path(run) for run in runs if Path(run).exists() or "=" not in run]
+    overrides = [run for run in runs if not Path(run).exists() and "=" in run]
+    if overrides and len(paths) != 1:
+        raise RecipeError(f"override {overrides[0]!r} with {len(paths)} runs: overrides need exactly one recipe")
+    folders = [RunFolder(read_recipe(path, overrides).run_path) for path in paths]
+    write_and_print(folders, output or folders[0].root, console())
+
+
+def write_and_print(runs: list[RunFolder], folder: Path, out: Console) -> None:
     """The report files, and their main table and verdict on the terminal."""
-    from longlora.evaluation.report import write_report
+    from longlora.evaluation.report.write import write_report
 
-    summary = write_report(run)
+    summary = write_report(runs, RunFolder(folder))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(summary.table.columns):
         table.add_column(column, justify="right" if number else "left")
     for row in summary.table.strings():
         table.add_row(*(escape(text) for text in row))
     out.print(table)
+    for note in (*summary.notes, *(f"not measured: {name}" for name in summary.missing)):
+        out.print(escape(note), highlight=False, soft_wrap=True)
     for verdict in summary.verdicts:
         colour = {"PASS": "green", "FAIL": "red"}.get(verdict.status, "yellow")
-        line = escape(f"{verdict.claim}: {'; '.join(verdict.numbers)}")
+        of_run = f"{verdict.run}: " if len(runs) > 1 else ""
+        line = escape(f"{of_run}{verdict.claim}: {'; '.join(verdict.numbers)}")
         out.print(f"[{colour}]{verdict.status}[/{colour}] {line}", highlight=False, soft_wrap=True)
-    out.print(f"report: {run.report_html}", highlight=False, soft_wrap=True)
+    out.print(f"report: {RunFolder(folder).report_html}", highlight=False, soft_wrap=True)

@@ -29,6 +29,6 @@ def quickstart(
 
     recipe = quickstart_recipe(run_dir, model, overrides or [], out)
     run = run_quickstart(recipe, out)
-    write_and_print(run, out)
+    write_and_print([run], run.root, out)
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     out.print(f"total time {minutes}:{seconds:02}", highlight=False)

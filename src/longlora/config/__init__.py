@@ -12,6 +12,7 @@ from longlora.config.evaluation import (
     PasskeyConfig,
     PerplexityConfig,
     RulerConfig,
+    TopicsConfig,
 )
 from longlora.config.recipe import Recipe, build_recipe, dump_recipe, load_recipe
 from longlora.config.sections import (
@@ -39,6 +40,7 @@ __all__ = [
     "PerplexityConfig",
     "Recipe",
     "RulerConfig",
+    "TopicsConfig",
     "TrainConfig",
     "build_recipe",
     "dump_recipe",

@@ -44,7 +44,7 @@ class PerplexityConfig(Section):
     max_documents: int = Field(default=8, gt=0)
     """Documents that are read: the first ones that are long enough."""
     texts: list[str] = []
-    """Files to read instead of the held-out shard: text, jsonl, parquet, or the original's ``.bin`` of uint16 tokens."""
+    """Read instead of the held-out shard: text, jsonl, parquet, or the original's ``.bin`` of uint16 tokens."""
 
 
 class LongPPLConfig(Section):
@@ -58,7 +58,7 @@ class LongPPLConfig(Section):
     """Tokens of the short context whose loss is compared with that of the long one."""
     block_tokens: int = Field(default=1024, gt=0)
     """Tokens that share one short context."""
-    gain: float = 2.0
+    gain: float = Field(default=2.0, ge=0)
     """Nats by which the long context must lower the loss of a key token (alpha)."""
     ceiling: float = 2.0
     """Nats below which the loss of a key token in the long context must lie (beta)."""
@@ -90,6 +90,9 @@ class NeedleConfig(Section):
     """Other needles in the same prompt, of other names, at random places."""
     num_trials: int = Field(default=1, gt=0)
     """Prompts per grid cell, each over another part of the text."""
+    kinds: Annotated[list[Literal["single", "uuid", "chain"]], Field(min_length=1)] = ["single"]
+    """``single``: one needle answers, with a number; ``uuid``: with an id of 32 digits. ``chain``: one needle names the
+    place for which another one has the number."""
 
 
 class LongEvalConfig(Section):
@@ -99,6 +102,13 @@ class LongEvalConfig(Section):
     """Prompt lengths in tokens at most; null means those of passkey."""
     num_trials: int = Field(default=5, gt=0)
     """Prompts per length."""
+
+
+class TopicsConfig(LongEvalConfig):
+    """The first topic of a long conversation."""
+
+    conversations: list[str] = []
+    """Test files of LongEval (``N_topics.jsonl``); empty means conversations of our own, over `haystack`."""
 
 
 class RulerConfig(Section):
@@ -128,7 +138,7 @@ class EvalConfig(Section):
     passkey: PasskeyConfig = Field(default_factory=PasskeyConfig)
     needle: NeedleConfig = Field(default_factory=NeedleConfig)
     lines: LongEvalConfig = Field(default_factory=LongEvalConfig)
-    topics: LongEvalConfig = Field(default_factory=LongEvalConfig)
+    topics: TopicsConfig = Field(default_factory=TopicsConfig)
     ruler: RulerConfig = Field(default_factory=RulerConfig)
     haystack: list[str] = []
     """Text files in which needles are hidden; empty means the held-out documents."""

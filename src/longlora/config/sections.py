@@ -5,7 +5,7 @@ The string below a field says what it means; docs/make_cli.py prints it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -219,5 +219,7 @@ CHANGEABLE_ON_RESUME = (
     "mlp_tile_tokens",
     "compile_norms",
     "loss_chunk_tokens",
+    "save_steps",
+    "save_total_limit",
 )
 """Keys of `train` that a resumed run may change: its length, and what changes results by rounding at most."""

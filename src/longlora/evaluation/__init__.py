@@ -1,5 +1,5 @@
 """Proof: a model and held-out tokens in, rows of losses and retrievals out, then a report. Always with full attention.
 
-Read `stream.py` first (one reading of a long text, from which all is measured), then `perplexity.py`, `passkey.py`,
-`run.py` (base, RoPE only, trained) and `report.py`.
+Read `run.py` first (the variants of a recipe), then `measurement.py` (one model, asked everything). Below them:
+`loss/` and `retrieval/` (what is asked), `reading/` (how it is answered), `harness/` (standard benchmarks), `report/`.
 """

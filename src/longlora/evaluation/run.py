@@ -1,44 +1,24 @@
-"""Measuring base, RoPE rescaled only, and trained: a recipe in, one JSON file of rows for each variant out."""
+"""Measuring the variants of a recipe: documents read and prompts answered, one JSON file of rows for each variant out.
+
+Every finished row is kept at once (`samples.py`), so that a measurement that was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
 import gc
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import date
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from longlora import __version__
 from longlora.artifacts import RunFolder, write_json
-from longlora.config import PasskeyConfig, Recipe
-from longlora.data.shards import bound_tokens, open_shard
-from longlora.errors import DataError, RunFolderError
-from longlora.evaluation.passkey import Hidden, filler_prompts, hide_facts
-from longlora.evaluation.perplexity import document_rows, first_window
-from longlora.evaluation.stream import Reading, read
+from longlora.config import ModelConfig, Recipe
+from longlora.errors import DataError
+from longlora.evaluation.loss.longppl import KeyDocument, long_enough
+from longlora.evaluation.material import Material, build_material
+from longlora.evaluation.measurement import Measurement
+from longlora.evaluation.variants import Contexts, contexts_of, load_variant
 from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
-from longlora.model.head import OutputHead, output_head
-from longlora.model.merge import merged_model
-from longlora.model.rope import rescale_for
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A held-out document as it is read: with hidden numbers or as it is."""
-
-    name: str
-    hidden: Hidden
 
 
 def evaluate(recipe: Recipe, console: Console) -> list[Path]:
@@ -47,196 +27,98 @@ def evaluate(recipe: Recipe, console: Console) -> list[Path]:
     ``trained`` is the merged model of the run, or its adapter merged in memory where there is no ``merged/`` yet.
 
     Raises:
-        LongLoraError: there is no trained model, no held-out document long enough, or something does not fit.
+        LongLoraError: there is no trained model, no document long enough, or something does not fit.
     """
     run = RunFolder(recipe.run_path)
     tokenizer = load_tokenizer(recipe.model)
-    _, change = rescale_for(recipe, load_config(recipe.model))
-    contexts = recipe.eval.perplexity.context_lengths or [change.original_context_length, change.context_length]
-    texts, prompts = _material(recipe, run, tokenizer, contexts)
+    contexts = contexts_of(recipe, load_config(recipe.model))
+    material = build_material(recipe, run, tokenizer, _windows(recipe, contexts), console)
+    keys = _key_documents(recipe, run, tokenizer, contexts, material, console)
     paths = []
     for variant in recipe.eval.variants:
-        began = time.monotonic()
-        model = _variant(recipe, run, variant).to(device_for_run())
-        head = output_head(model)
-        rows = _measure(recipe, model, head, tokenizer, texts, prompts, contexts, console, variant)
-        result = {
-            "schema": 1,
+        _warn_beyond(recipe, contexts, material, variant, console)
+        model = load_variant(recipe, run, variant).to(device_for_run())
+        measurement = Measurement(recipe, model, tokenizer, run.samples(variant), console, variant)
+        rows = measurement.of(material, _windows(recipe, contexts), keys, _longppl_context(recipe, contexts))
+        about = {
+            "schema": 2,
             "variant": variant,
-            "original_context_length": change.original_context_length,
-            "context_length": change.context_length,
-            **_environment(recipe, model),
-            "seconds": time.monotonic() - began,
-            **rows,
+            "original_context_length": contexts.original,
+            "context_length": contexts.extended,
+            "covered_context_length": contexts.covered(variant),
         }
-        path = run.evaluation(variant)
-        write_json(path, result)
-        paths.append(path)
-        del model, head
+        paths.append(run.evaluation(variant))
+        write_json(paths[-1], about | rows)
+        del model, measurement
         gc.collect()
     return paths
 
 
-def _variant(recipe: Recipe, run: RunFolder, variant: str) -> PreTrainedModel:
-    if variant == "base":
-        return load_model(recipe.model)
-    if variant == "rope_only":
-        config, _ = rescale_for(recipe, load_config(recipe.model))
-        return load_model(recipe.model, config)
-    if run.merged.exists():
-        return load_model(recipe.model.model_copy(update={"name_or_path": str(run.merged), "revision": None}))
-    if not run.adapter.exists():
-        raise RunFolderError(f"{run.adapter} does not exist: run `longlora train` first, or leave out trained")
-    return merged_model(run.adapter)
+def find_prompt(recipe: Recipe, sha256: str) -> str:
+    """The text of the prompt whose row has this ``prompt_sha256`` (or one that begins so), made again from the recipe.
 
-
-def _material(
-    recipe: Recipe, run: RunFolder, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[int]
-) -> tuple[list[_Text], list[Hidden]]:
-    """Held-out texts to be read for their loss, and prompts that are only answered."""
-    settings, passkey = recipe.eval.perplexity, recipe.eval.passkey
-    shard = open_shard(run.heldout_shard, tokenizer_hash(tokenizer))
-    needed = max(*contexts, settings.tokens_per_document or 0)
-    long_enough = [index for index, length in enumerate(shard.lengths) if length >= needed]
-    if not long_enough:
+    Raises:
+        DataError: no prompt, or more than one, of this recipe begins so.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    contexts = contexts_of(recipe, load_config(recipe.model))
+    run = RunFolder(recipe.run_path)
+    material = build_material(recipe, run, tokenizer, _windows(recipe, contexts), Console(quiet=True))
+    asked = [*material.prompts, *(prompt for text in material.documents for prompt in text.prompts())]
+    found = {prompt.sha256: prompt for prompt in asked if prompt.sha256.startswith(sha256.lower())}
+    if len(found) != 1:
         raise DataError(
-            f"no held-out document has {needed} tokens, the longest has {max(shard.lengths)}: "
-            "add longer ones to data.heldout or lower eval.perplexity.context_lengths"
+            f"prompt {sha256!r}: {len(found) or 'none'} of the {len(asked)} prompts of this recipe begin so; "
+            "give the recipe that the row was measured with, and more digits"
         )
-    lengths = _passkey_lengths(recipe)
-    hides = passkey.num_trials > 0 and passkey.haystack == "heldout"
-    read_tokens = first_window(contexts, settings.tokens_per_document)
-    if hides and max(lengths) > read_tokens:
-        raise DataError(
-            f"eval.passkey.lengths {max(lengths)} is longer than the {read_tokens} tokens that are read of each "
-            "held-out document: raise eval.perplexity.context_lengths or take eval.passkey.haystack=filler"
-        )
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    texts = []
-    for trial, index in enumerate(long_enough[: settings.max_documents]):
-        tokens = shard.document(index)[:needed].tolist()
-        if hides:
-            hidden = hide_facts(encode, tokens, lengths, passkey.depths, trial, recipe.eval.seed)
-        else:
-            hidden = Hidden(tokens, [True] * len(tokens), [], [])
-        texts.append(_Text(shard.names[index], hidden))
-    prompts = []
-    if passkey.num_trials and passkey.haystack == "filler":
-        before, _ = bound_tokens(tokenizer)
-        prompts = filler_prompts(encode, before, lengths, passkey.depths, passkey.num_trials, recipe.eval.seed)
-    return texts, prompts
+    return str(tokenizer.decode(next(iter(found.values())).tokens))
 
 
-def _passkey_lengths(recipe: Recipe) -> list[int]:
-    passkey: PasskeyConfig = recipe.eval.passkey
-    context = recipe.context.context_length
-    return passkey.lengths or [context * quarter // 4 for quarter in (1, 2, 3, 4)]
+def _longppl_context(recipe: Recipe, contexts: Contexts) -> int:
+    return recipe.eval.longppl.context_length or contexts.original
 
 
-def _measure(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    head: OutputHead,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[_Text],
-    prompts: list[Hidden],
-    contexts: Sequence[int],
-    console: Console,
-    variant: str,
-) -> dict[str, Any]:
-    settings = recipe.eval.perplexity
-    reader = partial(
-        read,
-        model,
-        head,
-        chunk_tokens=recipe.eval.prefill_chunk_tokens,
-        loss_chunk_tokens=recipe.train.loss_chunk_tokens,
-    )
-    perplexity: list[dict[str, Any]] = []
-    positions: list[dict[str, Any]] = []
-    passkey: list[dict[str, Any]] = []
-    for count, text in enumerate(texts, 1):
-        console.print(f"{variant}: document {count}/{len(texts)} {text.name}", highlight=False)
-        tokens = text.hidden.tokens
-        first = reader(tokens[: first_window(contexts, settings.tokens_per_document)], text.hidden.questions)
-        passkey += _passkey_rows(text.name, text.hidden, first, tokenizer)
-        rows, places = document_rows(
-            text.name,
-            first.losses_T,
-            text.hidden.scored,
-            contexts,
-            settings.stride,
-            settings.tokens_per_document,
-            partial(_window_losses, reader, tokens),
-        )
-        perplexity += rows
-        positions += places
-    for count, prompt in enumerate(prompts, 1):
-        fact = prompt.facts[0]
+def _windows(recipe: Recipe, contexts: Contexts) -> list[int]:
+    given = recipe.eval.perplexity.context_lengths
+    return given or sorted({contexts.original, contexts.extended})
+
+
+def _warn_beyond(recipe: Recipe, contexts: Contexts, material: Material, variant: str, console: Console) -> None:
+    covered = contexts.covered(variant)
+    lengths = {int(prompt.facts["length"]) for prompt in material.prompts}
+    if "perplexity" in recipe.eval.tasks:
+        lengths |= set(_windows(recipe, contexts))
+    if beyond := sorted(length for length in lengths if length > covered):
         console.print(
-            f"{variant}: passkey {count}/{len(prompts)} length {fact['length']} depth {fact['depth']}", highlight=False
+            f"{variant}: its RoPE covers {covered} tokens; {', '.join(map(str, beyond))} tokens lie beyond and are "
+            "marked in the report",
+            highlight=False,
         )
-        reading = reader(prompt.tokens, prompt.questions, score=False)
-        passkey += _passkey_rows(None, prompt, reading, tokenizer)
-    return {"perplexity": perplexity, "positions": positions, "passkey": passkey}
 
 
-def _window_losses(reader: Callable[[Sequence[int]], Reading], tokens: Sequence[int], start: int, stop: int) -> Tensor:
-    return reader(tokens[start:stop]).losses_T
-
-
-def _passkey_rows(
-    document: str | None, hidden: Hidden, reading: Reading, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    return [
-        {
-            **fact,
-            "document": document,
-            "answer": tokenizer.decode(answer.likeliest).strip(),
-            "correct": answer.likeliest == question.answer,
-            "log_probability": answer.log_probability,
-            "tokens": len(question.answer),
-        }
-        for fact, question, answer in zip(hidden.facts, hidden.questions, reading.answers, strict=True)
-    ]
-
-
-def _environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
-    return {
-        "model": recipe.model.name_or_path,
-        "rope_parameters": getattr(model.config, "rope_parameters", None),
-        "attention": f"full ({model.config._attn_implementation})",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"longlora": __version__},
-        "commit": _commit(),
-        "date": date.today().isoformat(),
-        "seed": recipe.eval.seed,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """What a row says about the hardware: the GPU, or the CPU with its threads and vector units."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _commit() -> str | None:
-    """The commit of a source checkout; None for an installed package."""
-    here = Path(__file__).resolve().parent
-    try:
-        made = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return made.stdout.strip() or None if made.returncode == 0 else None
+def _key_documents(
+    recipe: Recipe,
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Contexts,
+    material: Material,
+    console: Console,
+) -> list[KeyDocument]:
+    """Documents of LongPPL with the key tokens that the evaluator finds in them; none where it is not measured."""
+    if "longppl" not in recipe.eval.tasks:
+        return []
+    settings, context = recipe.eval.longppl, _longppl_context(recipe, contexts)
+    documents, left_out = long_enough([(text.name, text.tokens) for text in material.plain], context, settings)
+    if left_out:
+        console.print(f"longppl: {left_out} documents are too short and left out", highlight=False)
+    evaluator = recipe.model
+    if settings.evaluator is not None:
+        evaluator = ModelConfig(name_or_path=settings.evaluator, dtype=recipe.model.dtype)
+    other = load_tokenizer(evaluator)
+    model = load_model(evaluator).to(device_for_run())
+    measurement = Measurement(recipe, model, tokenizer, run.samples("longppl_evaluator"), console, "longppl evaluator")
+    pair = None if tokenizer_hash(other) == tokenizer_hash(tokenizer) else (tokenizer, other)
+    found = measurement.key_documents(documents, context, pair)
+    del model, measurement
+    gc.collect()
+    return found

@@ -1,4 +1,4 @@
-"""Running out of main memory as an error that can be explained, not as the kernel's killing of the process."""
+"""How much memory this process uses, and running out of it as an error that can be explained, not as being killed."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def process_bytes(name: str) -> int | None:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def peak_bytes() -> int:
+    """The most memory in use so far: of torch's allocator on CUDA, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    if (peak := process_bytes("VmHWM")) is not None:
+        return peak
+    # On Linux a process inherits this number from the one that started it.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from longlora.artifacts import write_atomic
+from longlora.duration import clock
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
@@ -84,7 +85,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             left = seconds / done * (state.max_steps - state.global_step)
             self._console.print(
                 f"step {state.global_step}/{state.max_steps}  {status}  grad norm {row['grad_norm']:.3f}  "
-                f"lr {row['learning_rate']:.2e}  elapsed {_clock(seconds)}  left {_clock(left)}",
+                f"lr {row['learning_rate']:.2e}  elapsed {clock(seconds)}  left {clock(left)}",
                 highlight=False,
             )
 
@@ -117,9 +118,3 @@ def _step_of(line: str) -> float:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

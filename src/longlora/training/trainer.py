@@ -46,6 +46,7 @@ from longlora.training.checkpoint import (
     has_whole_checkpoint,
     newest_checkpoint,
 )
+from longlora.training.interrupt import StopOnSignal
 from longlora.training.metrics import MetricsCallback
 
 
@@ -108,12 +109,13 @@ def _train(
     sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, fingerprint)
     model = _trainable(base, recipe, shard)
     _announce(model, dataset, console)
+    stop = StopOnSignal(console)
     trainer = LongContextTrainer(
         model=_LossModel(model, recipe.train.loss_chunk_tokens),
         args=_arguments(recipe, run.checkpoints, base.device),
         train_dataset=dataset,
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
-        callbacks=[metrics, AttentionSchedule(model, recipe, console)],
+        callbacks=[metrics, AttentionSchedule(model, recipe, console), stop],
     )
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
@@ -123,7 +125,8 @@ def _train(
         trainer._load_from_checkpoint(str(checkpoint))  # stopped between its last checkpoint and its adapter
         return model, sidecar
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         metrics.close()
     return model, sidecar

@@ -2,8 +2,8 @@
 
 Reading 16,384 tokens with full attention costs the same whether one question is asked at its end or ten at several
 lengths: the KV cache of the text up to a position is the state in which the question would find the model. So a text is
-read once, and each question is answered from a view of the cache that ends where the question begins. This is exact,
-not an approximation, for full attention.
+read once, up to each question in turn; the question is asked, and the cache cut back to where the text goes on. This is
+exact, not an approximation, for full attention.
 
 T tokens, V vocabulary.
 """
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from longlora.attention.registry import is_sparse
+from longlora.evaluation.reading.cache import GrowingCache, read_on
 from longlora.memory.chunked_loss import IGNORE_INDEX, token_losses
 from longlora.model.head import OutputHead, mixed_precision
 
@@ -69,49 +70,51 @@ def read(
         score: compute the losses; without, they are NaN and only questions are answered.
 
     Raises:
-        AssertionError: the model is in training mode or would use the sparse pattern.
+        AssertionError: the model is in training mode or would use the sparse pattern; a question comes after the end.
+        ModelError: a KV cache is needed, and the model has layers that keep something else.
     """
     assert not is_sparse(model), "evaluation is always full attention"
     assert not model.training, "evaluation is always full attention, without dropout"
     ids_T = torch.as_tensor(tokens, dtype=torch.long, device=model.device)
     losses_T = torch.full((len(tokens),), torch.nan)
-    cache = DynamicCache() if questions or len(tokens) > chunk_tokens else None
+    cache = None
+    if questions or len(tokens) > chunk_tokens:
+        room = max((len(question.tokens) + len(question.answer) for question in questions), default=0)
+        cache = GrowingCache(model.config, len(tokens) + room)
     answers: dict[int, Answer] = {}
-    order = sorted(range(len(questions)), key=lambda index: questions[index].position)
+    start = 0
     with mixed_precision(model):
-        for start in range(0, len(tokens), chunk_tokens):
-            stop = min(start + chunk_tokens, len(tokens))
-            hidden_TC = _hidden(model, ids_T[start:stop], cache, start)
-            if score:
+        for stop in _stops(len(tokens), chunk_tokens, questions):
+            hidden_TC = read_on(model, ids_T[None, start:stop], cache)[0] if stop > start else None
+            if score and hidden_TC is not None:
                 labels = ids_T[start + 1 : stop + 1]
                 if len(labels) < stop - start:  # the last token predicts nothing
                     labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
                 losses = token_losses(hidden_TC, labels, head, loss_chunk_tokens).cpu()
                 losses_T[start + 1 : stop + 1] = losses[: len(tokens) - start - 1]
-            while order and questions[order[0]].position <= stop:
-                index = order.pop(0)
-                assert cache is not None
-                answers[index] = _ask(model, head, questions[index], cache)
+            for index, question in enumerate(questions):
+                if question.position == stop:
+                    assert cache is not None
+                    answers[index] = _ask(model, head, question, cache)
+            start = stop
     return Reading(losses_T, [answers[index] for index in range(len(questions))])
 
 
-def _hidden(model: PreTrainedModel, ids_T: Tensor, cache: DynamicCache | None, start: int) -> Tensor:
-    position_ids = torch.arange(start, start + len(ids_T), device=ids_T.device)[None]
-    output = model.base_model(
-        input_ids=ids_T[None], position_ids=position_ids, past_key_values=cache, use_cache=cache is not None
-    )
-    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+def _stops(tokens: int, chunk_tokens: int, questions: Sequence[Question]) -> list[int]:
+    """Where the pieces end in which a text is read: after `chunk_tokens` at most, and wherever a question is asked."""
+    stops: list[int] = []
+    start = 0
+    for bound in sorted({*(question.position for question in questions), tokens}):
+        assert bound <= tokens, f"a question at {bound} of {tokens} tokens"
+        stops += [*range(start + chunk_tokens, bound, chunk_tokens), bound]
+        start = bound
+    return stops
 
 
-def _ask(model: PreTrainedModel, head: OutputHead, question: Question, cache: DynamicCache) -> Answer:
+def _ask(model: PreTrainedModel, head: OutputHead, question: Question, cache: GrowingCache) -> Answer:
     asked = torch.tensor([*question.tokens, *question.answer], device=model.device)
-    branch = _view(cache, question.position)
-    hidden_TC = _hidden(model, asked, branch, question.position)[len(question.tokens) - 1 : -1]
+    hidden_TC = read_on(model, asked[None], cache)[0, len(question.tokens) - 1 : -1]
+    cache.crop_to(question.position)
     log_p_TV = head(hidden_TC).float().log_softmax(-1)
     right = log_p_TV.gather(1, asked[len(question.tokens) :, None])
     return Answer(tuple(log_p_TV.argmax(-1).tolist()), float(right.sum()))
-
-
-def _view(cache: DynamicCache, length: int) -> DynamicCache:
-    """A cache of the first `length` tokens; shares memory with `cache` until it is written to (which copies)."""
-    return DynamicCache([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers])

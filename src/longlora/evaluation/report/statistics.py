@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_Z = 1.959963984540054  # 0.975 quantile of the normal distribution
+NORMAL_QUANTILE = 1.959963984540054  # 0.975 quantile of the normal distribution
 # 0.975 quantiles of Student's t for 1 to 10 degrees of freedom; the expansion below takes over from 11 on.
 _T = (12.7062047, 4.3026527, 3.1824463, 2.7764451, 2.5705818, 2.4469119, 2.3646243, 2.3060041, 2.2621572, 2.2281389)
 
@@ -22,8 +22,11 @@ class MeanInterval(NamedTuple):
     high: float | None
 
 
-def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
+def wilson_interval(correct: float, trials: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion, as fractions between 0 and 1.
+
+    `correct` may be a sum of scores between 0 and 1: at the same mean they vary at most as much as right and wrong do,
+    so that the interval is then rather too wide than too narrow.
 
     Raises:
         ValueError: no trials, or `correct` is not between 0 and `trials`.
@@ -31,9 +34,9 @@ def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
     if trials < 1 or not 0 <= correct <= trials:
         raise ValueError(f"correct={correct} of trials={trials}: need 0 <= correct <= trials and trials >= 1")
     share = correct / trials
-    scale = 1 + _Z**2 / trials
-    centre = (share + _Z**2 / (2 * trials)) / scale
-    half = _Z / scale * math.sqrt(share * (1 - share) / trials + _Z**2 / (4 * trials**2))
+    scale = 1 + NORMAL_QUANTILE**2 / trials
+    centre = (share + NORMAL_QUANTILE**2 / (2 * trials)) / scale
+    half = NORMAL_QUANTILE / scale * math.sqrt(share * (1 - share) / trials + NORMAL_QUANTILE**2 / (4 * trials**2))
     # At the ends the bound is exactly 0 or 1, which rounding would miss by 1e-17.
     low = 0.0 if correct == 0 else centre - half
     high = 1.0 if correct == trials else centre + half
@@ -51,7 +54,7 @@ def t_quantile(degrees_of_freedom: int) -> float:
     if degrees_of_freedom <= len(_T):
         return _T[degrees_of_freedom - 1]
     # Cornish-Fisher expansion in 1/n (Abramowitz and Stegun 26.7.5).
-    n, z = degrees_of_freedom, _Z
+    n, z = degrees_of_freedom, NORMAL_QUANTILE
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
@@ -74,6 +77,31 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     half = t_quantile(count - 1) * math.sqrt(variance / count)
     return MeanInterval(mean, mean - half, mean + half)
+
+
+def weighted_mean_interval(values: Sequence[float], weights: Sequence[int]) -> MeanInterval:
+    """Mean of `values` weighted by `weights`, with its 95 % t interval over the items (linearised ratio estimator).
+
+    With equal weights it is `mean_interval`.
+
+    Raises:
+        ValueError: the sequences differ in length, or the weights sum to 0.
+    """
+    mean = token_weighted_mean(values, weights)
+    count = len(values)
+    if count == 1:
+        return MeanInterval(mean, None, None)
+    average = sum(weights) / count
+    squares = math.fsum((weight * (value - mean) / average) ** 2 for value, weight in zip(values, weights, strict=True))
+    half = t_quantile(count - 1) * math.sqrt(squares / (count - 1) / count)
+    return MeanInterval(mean, mean - half, mean + half)
+
+
+def normal_interval(mean: float, standard_error: float | None) -> MeanInterval:
+    """A mean with the 95 % interval that its standard error gives in a large sample; None: no interval."""
+    if standard_error is None:
+        return MeanInterval(mean, None, None)
+    return MeanInterval(mean, mean - NORMAL_QUANTILE * standard_error, mean + NORMAL_QUANTILE * standard_error)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> MeanInterval:

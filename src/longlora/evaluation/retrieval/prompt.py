@@ -31,9 +31,9 @@ class Prompt:
     answer: tuple[int, ...] = ()
     """The right answer as it would stand there, for its log-probability; empty: none is computed."""
     max_new_tokens: int = 0
-    """Greedy tokens at most; 0: nothing is generated, and what counts is whether greedy decoding would give `answer`."""
+    """Greedy tokens at most; 0: nothing is generated, and it counts whether greedy decoding would give `answer`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What its row says: ``task``, ``name``, ``length``, ``depth``, ``trial``, ``document`` and more of the task's own."""
+    """What its row says: ``task``, ``name``, ``length``, ``depth``, ``trial``, ``document``, ``seed``."""
 
     @property
     def sha256(self) -> str:
@@ -67,6 +67,6 @@ def split_answer(encode: Encode, question: str, answer: str) -> tuple[list[int],
     """Question and answer as they are tokenized in one text: alone, the answer may begin with other tokens."""
     alone, together = encode(question), encode(question + answer)
     shared = 0
-    while shared < len(alone) and alone[shared] == together[shared]:
+    while shared < min(len(alone), len(together)) and alone[shared] == together[shared]:
         shared += 1
     return together[:shared], together[shared:]

@@ -1,0 +1,226 @@
+"""What every variant of a run is asked: documents to read and prompts to answer, made from the recipe alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from longlora.artifacts import RunFolder
+from longlora.config import Recipe
+from longlora.data.documents import ReadReport
+from longlora.data.shards import bound_tokens, open_shard
+from longlora.errors import DataError
+from longlora.evaluation.loss.perplexity import first_window, needed_tokens
+from longlora.evaluation.loss.texts import NamedTokens, read_haystack, read_texts
+from longlora.evaluation.retrieval.longeval import conversation_prompts, line_prompts, load_topics, topic_prompts
+from longlora.evaluation.retrieval.needle import needle_prompts
+from longlora.evaluation.retrieval.passkey import Hidden, filler_prompts, hide_facts, landmark_prompts
+from longlora.evaluation.retrieval.prompt import Encode, Prompt
+from longlora.evaluation.retrieval.ruler import ruler_prompts
+from longlora.model.build import tokenizer_hash
+
+_TASKS_OVER_TEXT = {"needle", "topics", "ruler"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document as it is read: with hidden numbers or as it is."""
+
+    name: str
+    hidden: Hidden
+
+    def prompts(self) -> list[Prompt]:
+        """The questions about hidden numbers, each with all that is read before it."""
+        return [
+            Prompt(
+                tokens=(*self.hidden.tokens[: question.position], *question.tokens),
+                references=(str(facts["key"]),),
+                metric="first_integer",
+                answer=question.answer,
+                facts={name: value for name, value in facts.items() if name != "key"} | {"document": self.name},
+            )
+            for question, facts in zip(self.hidden.questions, self.hidden.facts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that is asked of a model; the same for every variant."""
+
+    documents: list[Text]
+    """Read from their beginning for their loss, and for the numbers hidden in them."""
+    plain: list[NamedTokens]
+    """The same documents without what was hidden."""
+    prompts: list[Prompt]
+    """Answered, in the order of `recipe.eval.tasks`."""
+
+
+def build_material(
+    recipe: Recipe,
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    context_lengths: Sequence[int],
+    console: Console,
+) -> Material:
+    """Documents and prompts of `recipe`.
+
+    Args:
+        context_lengths: windows in which the loss is measured, in tokens.
+        console: is told what was read of files that the recipe names.
+
+    Raises:
+        DataError: no document is long enough, or a length has no room for its task.
+    """
+    settings = recipe.eval
+    reads = {"perplexity", "longppl"} & set(settings.tasks)
+    needs_text = not settings.haystack and _TASKS_OVER_TEXT & set(settings.tasks)
+    plain = []
+    if reads or needs_text or _hides(recipe):
+        plain = _documents(recipe, run, tokenizer, context_lengths, console)
+    texts = read_haystack(settings.haystack) if settings.haystack else {}
+    if needs_text:
+        texts = {text.name: tokenizer.decode(text.tokens, skip_special_tokens=True) for text in plain}
+    documents = _hidden(recipe, plain, tokenizer, context_lengths) if "perplexity" in reads or _hides(recipe) else []
+    return Material(documents, plain, _prompts(recipe, tokenizer, texts))
+
+
+def retrieval_lengths(recipe: Recipe, lengths: list[int] | None) -> list[int]:
+    """Lengths of a retrieval task: its own, those of passkey, or the quarters of the context."""
+    context = recipe.context.context_length
+    return lengths or recipe.eval.passkey.lengths or [context * quarter // 4 for quarter in (1, 2, 3, 4)]
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Text to ids without what the tokenizer puts around a text."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    return encode
+
+
+def _hides(recipe: Recipe) -> bool:
+    passkey = recipe.eval.passkey
+    return "passkey" in recipe.eval.tasks and passkey.num_trials > 0 and passkey.haystack == "heldout"
+
+
+def _documents(
+    recipe: Recipe,
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    context_lengths: Sequence[int],
+    console: Console,
+) -> list[NamedTokens]:
+    """The first documents that are long enough for every window, cut to what is read of them."""
+    settings = recipe.eval.perplexity
+    needed = needed_tokens(settings.protocol, context_lengths, settings.stride, settings.tokens_per_document)
+    if settings.texts:
+        report = ReadReport()
+        found = read_texts(
+            settings.texts,
+            tokenizer,
+            text_field=recipe.data.text_field,
+            add_special_tokens=recipe.data.add_special_tokens,
+            needed_tokens=needed,
+            max_tokens=needed,
+            max_documents=settings.max_documents,
+            whole_streams=settings.protocol == "longlora",
+            report=report,
+        )
+        console.print(f"texts: {report.summary()}", highlight=False)
+        for text in found:
+            if text.note:
+                console.print(f"{text.name}: {text.note}", highlight=False)
+        return found
+    shard = open_shard(run.heldout_shard, tokenizer_hash(tokenizer))
+    long_enough = [index for index, length in enumerate(shard.lengths) if length >= needed]
+    if not long_enough:
+        raise DataError(
+            f"no held-out document has {needed} tokens, the longest has {max(shard.lengths)}: "
+            "add longer ones to data.heldout or lower eval.perplexity.context_lengths"
+        )
+    kept = long_enough[: settings.max_documents]
+    return [NamedTokens(shard.names[index], shard.document(index)[:needed].tolist()) for index in kept]
+
+
+def _hidden(
+    recipe: Recipe, plain: list[NamedTokens], tokenizer: PreTrainedTokenizerBase, context_lengths: Sequence[int]
+) -> list[Text]:
+    passkey, settings = recipe.eval.passkey, recipe.eval.perplexity
+    if not _hides(recipe):
+        return [Text(text.name, Hidden(list(text.tokens), [True] * len(text.tokens), [], [])) for text in plain]
+    lengths = retrieval_lengths(recipe, passkey.lengths)
+    read_tokens = first_window(context_lengths, settings.tokens_per_document, settings.protocol)
+    if max(lengths) > read_tokens:
+        raise DataError(
+            f"eval.passkey.lengths {max(lengths)} is longer than the {read_tokens} tokens that are read of each "
+            "held-out document: raise eval.perplexity.context_lengths or take eval.passkey.haystack=filler"
+        )
+    encode = encoder(tokenizer)
+    return [
+        Text(text.name, hide_facts(encode, text.tokens, lengths, passkey.depths, trial, recipe.eval.seed))
+        for trial, text in enumerate(plain)
+    ]
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str]) -> list[Prompt]:
+    """Prompts of all tasks, in the order of `recipe.eval.tasks`."""
+    settings, seed = recipe.eval, recipe.eval.seed
+    encode = encoder(tokenizer)
+    before, _ = bound_tokens(tokenizer)
+    made: list[Prompt] = []
+    for task in settings.tasks:
+        match task:
+            case "passkey" if settings.passkey.num_trials and not _hides(recipe):
+                own = settings.passkey
+                lengths = retrieval_lengths(recipe, own.lengths)
+                if own.haystack == "landmark":
+                    made += landmark_prompts(encode, before, lengths, own.num_trials, seed)
+                else:
+                    made += filler_prompts(encode, before, lengths, own.depths, own.num_trials, seed)
+            case "needle":
+                needle = settings.needle
+                lengths = retrieval_lengths(recipe, needle.lengths)
+                made += needle_prompts(
+                    encode, before, texts, lengths, needle.depths, needle.num_trials, seed,
+                    distractors=needle.distractors, names=needle.kinds,
+                )  # fmt: skip
+            case "lines":
+                lengths = retrieval_lengths(recipe, settings.lines.lengths)
+                made += line_prompts(encode, before, lengths, settings.lines.num_trials, seed)
+            case "topics":
+                made += _topics(recipe, encode, before, texts)
+            case "ruler":
+                wrap = chat_wrap(tokenizer) if settings.ruler.chat_template else None
+                lengths = retrieval_lengths(recipe, settings.ruler.lengths)
+                made += ruler_prompts(encode, [] if wrap else before, texts, settings.ruler, lengths, seed, wrap)
+    return made
+
+
+def _topics(recipe: Recipe, encode: Encode, before: Sequence[int], texts: Mapping[str, str]) -> list[Prompt]:
+    settings, seed = recipe.eval.topics, recipe.eval.seed
+    if settings.conversations:
+        found = [each for path in settings.conversations for each in load_topics(Path(path))]
+        return conversation_prompts(encode, before, found, seed)
+    lengths = retrieval_lengths(recipe, settings.lengths)
+    return topic_prompts(encode, before, texts, lengths, settings.num_trials, seed)
+
+
+def chat_wrap(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]:
+    """Question and beginning of an answer -> text in the chat template, its special tokens written out.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise DataError("eval.ruler.chat_template=true: the tokenizer has no chat template, set it to false")
+
+    def wrap(question: str, prefix: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prefix
+
+    return wrap

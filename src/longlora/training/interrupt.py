@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM while training: the step under way is finished and saved; a second signal ends at once.
+
+Python raises KeyboardInterrupt wherever it happens to be, also where libraries swallow it (a weak reference's callback,
+a hook inside of autograd). So the first signal only leaves a note, which is read between steps.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora.errors import InterruptedRunError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Inside of its ``with`` block a signal makes the trainer save and stop, and the block raise `InterruptedRunError`.
+
+    Outside of the main thread, which alone may handle signals, it does nothing.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._step = 0
+
+    def __enter__(self) -> StopOnSignal:
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        except ValueError:  # not the main thread
+            self._before = {}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._restore()
+        self._received = signal.Signals(number)
+        self._console.print("stopping after this step, which is saved first; once more stops at once", highlight=False)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._received is not None:
+            self._step = state.global_step
+            control.should_save = control.should_training_stop = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if error is None and self._received is not None:
+            raise InterruptedRunError(
+                f"interrupted by {self._received.name}; step {self._step} is saved, `longlora resume` goes on from it",
+                128 + self._received,
+            )

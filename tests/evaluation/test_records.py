@@ -1,0 +1,97 @@
+"""Reading what was measured: damaged, old and mixed files are refused with their remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_cases import evaluation, passkey, save
+
+from longlora.artifacts import RunFolder
+from longlora.errors import RunFolderError
+from longlora.evaluation.report.records import read_evaluations, read_training
+from longlora.evaluation.report.write import write_report
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def test_no_evaluation_names_the_remedy(empty: RunFolder) -> None:
+    with pytest.raises(RunFolderError, match="run `longlora eval` first"):
+        write_report([empty], empty)
+    with pytest.raises(RunFolderError, match="no run folder to report on"):
+        write_report([], empty)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is damaged"),
+        (json.dumps(evaluation("base", schema=1)), "has schema 1, this version reads 2"),
+        (json.dumps(evaluation("trained")), "holds variant 'trained'"),
+        (json.dumps(evaluation("base")).replace('"loss": 3.0', '"loss": NaN', 1), "perplexity.0.loss"),
+        (json.dumps(evaluation("base", settings={"x": float("nan")})), "settings"),
+        (json.dumps(evaluation("base", perplexity=[{"document": "first"}])), "perplexity.0.context_length"),
+        (json.dumps(evaluation("base", retrieval=[{**passkey("base")[0], "depth": 2}])), "retrieval.0.depth"),
+    ],
+)
+def test_damaged_files_name_the_file_and_the_remedy(empty: RunFolder, text: str, message: str) -> None:
+    save(empty, base={})
+    empty.evaluation("base").write_text(text, encoding="utf-8")
+    with pytest.raises(RunFolderError, match=rf"base\.json.*{re.escape(message)}.*run `longlora eval` again") as caught:
+        write_report([empty], empty)
+    assert "\n" not in str(caught.value)
+    assert not empty.report_html.exists()
+    assert not empty.results_json.exists()
+
+
+def test_files_of_different_extensions_are_refused(empty: RunFolder) -> None:
+    save(empty, base=evaluation("base"), trained=evaluation("trained", context_length=400))
+    with pytest.raises(RunFolderError, match=r"mixes extensions \(100 -> 200, 100 -> 400\).*longlora eval"):
+        write_report([empty], empty)
+
+
+ROW: dict[str, Any] = {"task": "arc_easy", "metric": "acc", "value": 0.5}
+
+
+@pytest.mark.parametrize("content", [[ROW], {"harness": [ROW]}, {"rows": [ROW]}])
+def test_standard_benchmarks_come_from_their_own_file(empty: RunFolder, content: object) -> None:
+    save(empty, base=evaluation("base"))
+    empty.harness("base").write_text(json.dumps(content), encoding="utf-8")
+    assert [row.value for row in read_evaluations(empty)["base"].harness] == [0.5]
+    assert write_report([empty], empty).table.strings()[-1] == ["arc_easy: acc", "0.500"]
+
+
+def test_a_benchmark_number_that_is_missing_has_no_row(empty: RunFolder) -> None:
+    save(empty, base=evaluation("base"))
+    rows = [{**ROW, "value": None}, {**ROW, "metric": "ppl", "truncated": 2, "truncation": "middle"}]
+    rows[1]["higher_is_better"] = False
+    empty.harness("base").write_text(json.dumps(rows), encoding="utf-8")
+    shown = [row for row in write_report([empty], empty).table.rows if row.group == "harness"]
+    assert [(row.label, row.detail) for row in shown] == [
+        ("arc_easy: ppl", "2 prompts cut (middle), lower is better"),
+    ]
+
+
+def test_damaged_benchmark_file_names_its_own_remedy(empty: RunFolder) -> None:
+    save(empty, base=evaluation("base"))
+    empty.harness("base").write_text('[{"task": 1}]', encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"base\.harness\.json is damaged.*run `longlora eval harness` again"):
+        read_evaluations(empty)
+
+
+def test_training_rows(empty: RunFolder) -> None:
+    save(empty, base=evaluation("base"))
+    assert read_training(empty) == []
+    lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": NaN}', '{"step": 3, "loss": 2.0}', '{"runtime": 5}']
+    empty.metrics.write_text("\n".join([*lines, '{"step": 3, "loss": 1.5}', '{"step": 4, "lo']), encoding="utf-8")
+    assert [(row.step, row.loss) for row in read_training(empty)] == [(1, 3.0), (3, 1.5)]
+    empty.metrics.write_text("{broken\n" + lines[0] + "\n", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl line 1 is not JSON: remove that line"):
+        write_report([empty], empty)
