@@ -7,7 +7,9 @@ SmolLM2-135M's shape with random weights in bfloat16. The ways of a case run int
 against the first way of the case. Cases:
 
 - grid: passkey on lengths x depths, an answer of 5 tokens. Each cell from scratch with our reader; each by
-  transformers' `generate`; all by our reader, which shares what prompts begin with
+  transformers' `generate`; all by our reader, which shares what prompts begin with; and that with attention behind the
+  cache in two calls instead of a mask, as `longlora eval` does on a CPU
+- read: a long text in pieces, with transformers' mask and without
 - short: prompts of about 512 tokens that have nothing in common, 32 tokens generated: one by one, side by side
 - generate: 64 tokens after a long text, one pass each: transformers' DynamicCache, ours
 """
@@ -24,6 +26,7 @@ from bench_train_step import SHAPES
 from rows import append_rows, device_for_benchmark, interleaved, percentiles
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from longlora.attention.cached import cached_attention
 from longlora.evaluation.reading.answering import PromptReader, Work
 from longlora.evaluation.reading.cache import GrowingCache, read_on
 from longlora.evaluation.retrieval.prompt import Prompt
@@ -111,6 +114,31 @@ def grid(model: PreTrainedModel, head: OutputHead, lengths: Sequence[int], depth
 
     case.ways["each by generate"] = generate
     case.answer("shared", [prompts], lambda: reader_of(model, head))
+    shared = case.ways["shared"]
+
+    def as_longlora_does() -> None:
+        with cached_attention(model):
+            shared()
+
+    case.ways["shared, attention without a mask"] = as_longlora_does
+    return case
+
+
+def chunks(model: PreTrainedModel, length: int) -> Case:
+    case = Case(f"read {length} in pieces of 2048", length, 0)
+    text = torch.randint(1000, (1, length), device=model.device)
+
+    @torch.inference_mode()
+    def read() -> None:
+        cache = GrowingCache(model.config, length)
+        for piece in text.split(2048, dim=1):
+            read_on(model, piece, cache)
+
+    def without_mask() -> None:
+        with cached_attention(model):
+            read()
+
+    case.ways |= {"transformers' mask": read, "two calls, no mask": without_mask}
     return case
 
 
@@ -148,7 +176,10 @@ def main() -> None:
     parser.add_argument("--depths", nargs="+", type=float, default=[0.1, 0.5, 0.9])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--only", nargs="+", choices=["grid", "short", "generate"], default=["grid", "short", "generate"]
+        "--only",
+        nargs="+",
+        choices=["grid", "read", "short", "generate"],
+        default=["grid", "read", "short", "generate"],
     )
     parser.add_argument("--quick", action="store_true", help="short lengths, print, append nothing")
     args = parser.parse_args()
@@ -160,6 +191,7 @@ def main() -> None:
     head = output_head(model)
     made: dict[str, Callable[[], Case]] = {
         "grid": lambda: grid(model, head, lengths, args.depths),
+        "read": lambda: chunks(model, max(lengths)),
         "short": lambda: short(model, head, count, short_length, spoken),
         "generate": lambda: generation(model, head, max(lengths), 2 * spoken),
     }
