@@ -119,6 +119,7 @@ def grid(model: PreTrainedModel, head: OutputHead, lengths: Sequence[int], depth
     def as_longlora_does() -> None:
         with cached_attention(model):
             shared()
+        case.read["shared, attention without a mask"] = case.read["shared"]
 
     case.ways["shared, attention without a mask"] = as_longlora_does
     return case

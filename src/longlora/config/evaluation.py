@@ -12,6 +12,7 @@ Length = Annotated[int, Field(gt=1)]
 Lengths = Annotated[list[Length], Field(min_length=1)]
 Depths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 
+Variant = Literal["base", "rope_only", "trained"]
 Task = Literal["perplexity", "longppl", "passkey", "needle", "lines", "topics", "ruler"]
 RulerTask = Literal[
     "niah_single_1",
@@ -39,7 +40,7 @@ class PerplexityConfig(Section):
     """Window sizes in tokens; null means the original and the new context length."""
     stride: int | None = Field(default=None, gt=0)
     """Tokens a window advances; null means the window size (disjoint windows), or 256 with ``longlora``."""
-    tokens_per_document: int | None = Field(default=None, gt=0)
+    tokens_per_document: Length | None = None
     """First tokens of each document that are scored; null means one window of each context length."""
     max_documents: int = Field(default=8, gt=0)
     """Documents that are read: the first ones that are long enough."""
@@ -129,7 +130,7 @@ class RulerConfig(Section):
 class EvalConfig(Section):
     """What is measured, always with full attention, for base, RoPE rescaled only, and trained."""
 
-    variants: list[Literal["base", "rope_only", "trained"]] = ["base", "rope_only", "trained"]
+    variants: Annotated[list[Variant], Field(min_length=1)] = ["base", "rope_only", "trained"]
     """What is measured: the model as it came, with RoPE rescaled only, and trained."""
     tasks: Annotated[list[Task], Field(min_length=1)] = ["perplexity", "passkey"]
     """What is measured of each; standard benchmarks are another command, ``longlora eval harness``."""
@@ -144,7 +145,7 @@ class EvalConfig(Section):
     """Text files in which needles are hidden; empty means the held-out documents."""
     prefill_chunk_tokens: int = Field(default=2048, gt=0)
     """Tokens per forward pass when a long prompt is read into the KV cache."""
-    batch_tokens: int = Field(default=1, gt=0)
+    batch_tokens: int = Field(default=8192, gt=0)
     """Tokens of short prompts that are read side by side at most; 1 reads each by itself and shares what is common."""
     seed: int = Field(default=0, ge=0)
     """Choice of hidden numbers, words and places."""
