@@ -1,16 +1,18 @@
 """Write docs/results.md and its picture from the rows of benchmarks/results: ``python docs/make_results.py``.
 
-Of each point the newest row counts, on the device of the last row. What a table says of a run, its last column says of
-where it is from.
+Of each point the newest row counts, on the device of the last row. The evaluation of a real model is a ``results.json``
+of `longlora report`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -19,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "benchmarks" / "results"
 PAGE, PICTURE = ROOT / "docs" / "results.md", ROOT / "docs" / "results" / "train_step.svg"
 
+EVALUATION = ROWS / "evaluation_smollm2-135m_16k.json"
+
 Row = dict[str, str]
 VARIANTS = {
     "a": "Trainer, PEFT LoRA, full attention",
@@ -26,6 +30,22 @@ VARIANTS = {
     "c": "longlora, groups of T/4",
     "d": "longlora, groups of 2,048 and 4 sink tokens",
 }
+_CASES = {
+    "grid": "passkey grid",
+    "read": "reading a long text",
+    "short": "short prompts with nothing in common",
+    "generate": "generating",
+}
+_EVAL_WAYS = {
+    "each from scratch": "each prompt from its beginning",
+    "each by generate": "each prompt by transformers' `generate`",
+    "shared": "what prompts share is read once",
+    "shared, attention without a mask": "the same, attention without a mask: what `longlora eval` does on a CPU",
+    "transformers' mask": "transformers' mask of all pairs",
+    "two calls, no mask": "two kernel calls and no mask",
+    "ours": "our cache, which is not copied for each token",
+}
+_MEASURES = ("loss", "tail_loss", "bits_per_byte", "longppl", "passkey", "needle", "lines", "topics", "ruler")
 _WAYS = ("full", "Algorithm 1", "ours, 0 sinks", "ours, 4 sinks", "floor")
 
 
@@ -44,8 +64,9 @@ def origin(rows: Iterable[Row]) -> str:
     return "; ".join(found)
 
 
-def table(head: list[str], lines: Iterable[list[str]]) -> str:
-    marks = ["---", *["---:"] * (len(head) - 1)]
+def table(head: list[str], lines: Iterable[list[str]], texts: int = 1) -> str:
+    """Markdown, with the first `texts` columns to the left and numbers to the right."""
+    marks = [*["---"] * texts, *["---:"] * (len(head) - texts)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, marks, *lines])
 
 
@@ -96,6 +117,97 @@ def plan(rows: list[Row]) -> str:
     columns = ["predicted_mb", "measured_mb", "memory_error", "predicted_s", "measured_s", "time_error"]
     head = ["shape", "tokens", "settings", "planned MB", "MB", "error", "planned s", "s", "error"]
     return table(head, ([row["shape"], row["context"], row["settings"], *(row[c] for c in columns)] for row in rows))
+
+
+def eval_cost(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        kind, _, size = row["case"].partition(" ")
+        lines.append([
+            f"{_CASES.get(kind, kind)}: {size}", _EVAL_WAYS.get(row["way"], row["way"]),
+            *(f"{int(row[name]):,}" for name in ("prompt_tokens", "tokens_read", "tokens_generated")),
+            f"{float(row['p50_s']):.2f} ({float(row['p20_s']):.2f} to {float(row['p80_s']):.2f})", row["repeats"],
+            row["speed_up"],
+        ])  # fmt: skip
+    head = [
+        "what",
+        "how",
+        "tokens of all prompts",
+        "read",
+        "generated",
+        "seconds, median (p20 to p80)",
+        "runs",
+        "speed-up",
+    ]
+    return table(head, lines, texts=2)
+
+
+def results_cell(key: str, cell: dict[str, Any]) -> str:
+    """The number, with its interval where one is shown in the report."""
+    if cell["low"] is None or not key.endswith(("correct", "log_probability", "average")):
+        return str(cell["text"])
+    digits = 0 if key.endswith("average") else 2
+    return f"{cell['text']} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+
+
+def model_results(results: dict[str, Any]) -> str:
+    """Loss, retrieval and RULER by length, one column for each model."""
+    main = next(found for found in results["tables"] if found["section"] == "Results")
+    lines = []
+    for row in main["rows"]:
+        if row["key"].split("/")[0] in _MEASURES:
+            label = row["label"] + (f" ({row['detail']})" if row["detail"] else "")
+            lines.append([label, *(results_cell(row["key"], cell) for cell in row["cells"])])
+    return table(main["columns"], lines)
+
+
+def model_cost(results: dict[str, Any]) -> str:
+    """Time by task, with tokens read and saved, and memory."""
+    cost = next(found for found in results["tables"] if found["section"] == "Cost of the evaluation")
+    lines = []
+    for row in cost["rows"]:
+        texts = (", ".join([cell["text"], *(part["text"] for part in cell.get("below", []))]) for cell in row["cells"])
+        lines.append([row["label"], *texts])
+    return table(cost["columns"], lines)
+
+
+def results_origin(results: dict[str, Any]) -> str:
+    """Where the numbers are from, once for all models that agree."""
+    facts = set()
+    for model in results["models"]:
+        versions = ", ".join(f"{name} {version}" for name, version in model["versions"].items() if version)
+        how = f"attention {model['attention']}, {model['dtype']}, seed {model['seed']}"
+        where = f"{model['device']}, {versions}, commit {model['commit']}, {model['date']}"
+        facts.add(f"{results['title']}, {how}, {where}")
+    return "; ".join(sorted(facts))
+
+
+def evaluation() -> list[str]:
+    """The section on what an evaluation costs and what it says of a real model."""
+    parts = ["## Evaluation", "### What it costs"]
+    rows = newest("eval_cost", "shape", "case", "way")
+    if rows:
+        parts += [
+            f"`python benchmarks/bench_eval.py`: {rows[0]['shape']}'s shape with random weights, bfloat16. Speed-up "
+            f"is over the first way of each case. {origin(rows)}.",
+            eval_cost(rows),
+        ]
+    else:
+        parts.append("Not measured: `python benchmarks/bench_eval.py` has not been run.")
+    parts.append("### What it says of SmolLM2-135M")
+    if not EVALUATION.exists():
+        return [*parts, f"Not measured: there is no `benchmarks/results/{EVALUATION.name}` from `longlora report`."]
+    results = json.loads(EVALUATION.read_text(encoding="utf-8"))
+    notes = [note if note.endswith(".") else f"{note}." for note in results["notes"]]
+    return [
+        *parts,
+        "`longlora eval` and `longlora report`; the whole report with its figures, verdicts and settings: "
+        f"[example_report.md](example_report.md). {results_origin(results)}.",
+        model_results(results),
+        *notes,
+        "What measuring this took, by task:",
+        model_cost(results),
+    ]
 
 
 def draw(rows: list[Row]) -> str:
@@ -152,6 +264,7 @@ def page() -> str:
             f"`python benchmarks/bench_plan.py`: random weights, groups of 1,024. {origin(planned)}.",
             plan(planned),
         ]
+    parts += evaluation()
     return "\n\n".join(parts) + "\n"
 
 

@@ -72,6 +72,7 @@ def evaluation(variant: str, documents: tuple[str, ...] = ("first", "second"), *
         "schema": 2,
         "variant": variant,
         "model": "org/model",
+        "weights": ("7e" if variant == "trained" else "0b") * 32,
         "tokenizer_hash": "1f" * 32,
         "original_context_length": OLD,
         "context_length": NEW,
@@ -92,14 +93,24 @@ def evaluation(variant: str, documents: tuple[str, ...] = ("first", "second"), *
         "positions": positions(variant, documents),
         "longppl": [],
         "retrieval": passkey(variant),
-        "harness": [],
         "cost": [],
         **changes,
     }
 
 
+def benchmarks(of: dict[str, Any], rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """The file of standard benchmarks of the model whose evaluation is `of`."""
+    same = {name: of[name] for name in ("variant", "weights", "rope_parameters", "dtype")}
+    settings = {"max_length": of["covered_context_length"], "chat_template": False, "seed": 1234, "lm_eval": "0.4.13"}
+    return {"schema": 1, **same, "settings": settings, "rows": rows, **changes}
+
+
 def save(run: RunFolder, **evaluations: dict[str, Any]) -> RunFolder:
+    """Write ``VARIANT.json``, and ``VARIANT.harness.json`` of rows under ``harness``."""
     for variant, value in evaluations.items():
+        if rows := value.get("harness"):
+            run.harness(variant).parent.mkdir(parents=True, exist_ok=True)
+            run.harness(variant).write_text(json.dumps(benchmarks(value, rows)), encoding="utf-8")
         path = run.evaluation(variant)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value), encoding="utf-8")

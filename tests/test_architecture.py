@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "longlora"
 LAYERS = [
     {"cli"},
     {"quickstart", "bench"},
-    {"training", "evaluation", "planning"},
+    {"training", "evaluation", "planning", "inference"},
     {"model", "data"},
     {"memory", "attention"},
     {"config", "artifacts"},

@@ -13,10 +13,12 @@ from types import ModuleType
 import matplotlib
 import pytest
 import torch
+from report_cases import complete_run, passkey, ruler
 
 from longlora.attention.grouped import grouped_attention
 from longlora.attention.pattern import S2Pattern, may_attend
 from longlora.attention.rolled import rolled_attention
+from longlora.evaluation.report.write import write_report
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -200,6 +202,30 @@ def test_differences_name_only_files_that_exist() -> None:
     assert len(ours) > 20
     for name in ours:
         assert ((ROOT if name.startswith("docs/") else SOURCE) / name).is_file(), name
+
+
+def test_evaluation_section_says_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_results, "ROWS", tmp_path)
+    monkeypatch.setattr(make_results, "EVALUATION", tmp_path / "nothing.json")
+    text = "\n".join(make_results.evaluation())
+    assert "evaluation" in headings(text)
+    assert text.count("Not measured: ") == 2
+
+
+def test_evaluation_section_shows_a_report_and_where_it_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = [{"task": "passkey", "seconds": 10.0, "tokens_read": 1000, "tokens_reused": 3000}]
+    run = complete_run(tmp_path, cost=cost, retrieval=[*passkey("base"), *ruler({"vt": {100: [1.0, 0.5]}})])
+    write_report([run], run)
+    monkeypatch.setattr(make_results, "EVALUATION", run.results_json)
+    text = "\n\n".join(make_results.evaluation())
+    assert "| loss, first 200 tokens (nats/token) (2 documents, 348 tokens scored) | 5.428† | 3.528 | 3.328 |" in text
+    assert "| passkey, 200 tokens: correct (2 keys) | 0/2† [0.00, 0.66] | 0/2 [0.00, 0.66] | 0/2 [0.00, 0.66] |" in text
+    assert "| RULER, 100 tokens: average (0 to 100) (1 task, 2 prompts) | 75.0 [20, 97] |" in text
+    assert "| passkey | 10 s, 1,000 read, 3,000 reused, 75% saved |" in text
+    assert "[example_report.md](example_report.md). org/model, attention full (sdpa), bfloat16, seed 0, a CPU" in text
+    assert "base: 100 tokens" in text
 
 
 def test_results_are_those_of_the_committed_rows() -> None:

@@ -3,13 +3,15 @@
 A run folder holds, in the order in which a run makes it::
 
     recipe.yaml                      the resolved recipe
-    data/train/  data/heldout/       token shards (tokens.bin, offsets.bin, manifest.json)
+    data/train/  data/heldout/       token shards (tokens.bin, offsets.bin, mask.bin of instructions, manifest.json)
     metrics.jsonl                    one row per logged step
     checkpoints/checkpoint-N/        trainer state; complete once manifest.json is there
     adapter/                         LoRA + embeddings + norms, and longlora.json (RoPE, S2-Attn, base model)
     merged/                          an ordinary Hugging Face model
     eval/VARIANT.json                rows measured for base, rope_only and trained
-    report.html  report.md
+    eval/VARIANT.samples.jsonl       the same, a line each as soon as it is measured
+    eval/VARIANT.harness.json        rows of standard benchmarks
+    report.html  report.md  results.json
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ MANIFEST = "manifest.json"
 SIDECAR = "longlora.json"
 TOKENS = "tokens.bin"
 OFFSETS = "offsets.bin"
+LOSS_MASK = "mask.bin"
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,46 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_a_model_by_itself_is_measured_and_reported(
+    longlora: Callable[..., Result], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "book.txt").write_text("a short book about mountains. " * 30, encoding="utf-8")
+    result = longlora("eval", "model", str(tiny_model_folder), "--text", "book.txt", "eval.tasks=[perplexity]")
+    assert result.returncode == 0, result.stderr
+    assert f"report: eval_{tiny_model_folder.name}/report.html" in result.stdout
+    rows = json.loads((tmp_path / f"eval_{tiny_model_folder.name}" / "eval" / "base.json").read_text())
+    assert [row["context_length"] for row in rows["perplexity"]] == [64]
+    assert longlora("eval", "model", str(tiny_model_folder)).stderr == (
+        "longlora: nothing to read: give at least one --text FILE\n"
+    )
+    wrong = longlora("eval", "model", "./nowhere", "--text", "book.txt")
+    assert wrong.stderr.startswith("longlora: model './nowhere' cannot be read")
+    assert wrong.returncode == 2
+    long = longlora("eval", "model", str(tiny_model_folder), "--text", "book.txt", "--context-length", "4096")
+    assert "--context-length 4096: the longest text (book) has 900 tokens; give a longer --text" in long.stderr
+
+
+def test_an_unknown_task_is_one_line_with_the_one_that_was_meant(longlora: Callable[..., Result], recipe: Path) -> None:
+    result = longlora("eval", "recipe.yaml", "eval.tasks=[rulr]")
+    assert result.returncode == 2
+    assert result.stderr.startswith("longlora: recipe.yaml: eval.tasks.0 = 'rulr': ")
+    assert result.stderr.endswith("; did you mean ruler?\n")
+
+
+def test_an_interrupted_measurement_says_how_it_goes_on(
+    longlora: Callable[..., Result], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longlora.evaluation.run.evaluate", interrupted)
+    result = longlora("eval", "recipe.yaml")
+    assert result.returncode == 130
+    said = result.stderr.strip().splitlines()[-1]
+    assert said.startswith("longlora: interrupted; whatever was finished is whole")
+    assert said.endswith("the same `longlora eval` with a measurement")
+
+
 def test_shards_of_another_tokenizer_and_damaged_shards(
     longlora: Callable[..., Result], recipe: Path, tmp_path: Path
 ) -> None:

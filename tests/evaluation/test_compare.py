@@ -33,9 +33,9 @@ def test_the_same_base_appears_once_and_trained_models_have_the_name_of_their_ru
     [
         {"dtype": "float32"},
         {"seed": 1},
-        {"tokenizer_hash": "2e" * 32},
+        {"weights": "2e" * 32},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"model": "org/other"},
+        {"attention": "full (eager)"},
         {"settings": {"variants": ["base"], "passkey": {"num_trials": 9}}},
         {"retrieval": [{**row, "prompt_sha256": "x"} for row in passkey("base")]},
     ],
@@ -73,7 +73,33 @@ def test_a_run_without_its_own_base_is_judged_against_an_equal_one(two: list[Run
     assert found.base_of(found.columns[3]) is found.columns[0]
     summary = write_report(two, two[0])
     assert [verdict.status for verdict in summary.verdicts if verdict.run == "full_run"][:3] == ["PASS"] * 3
-    assert any("full_run did not measure base and RoPE only" in note for note in summary.notes)
+    assert any("In full_run: no rows of base and RoPE only" in note for note in summary.notes)
+
+
+def test_rows_that_another_run_stands_for_are_counted_and_its_benchmarks_kept(two: list[RunFolder]) -> None:
+    save(two[1], base=evaluation("base", harness=[{"task": "arc_easy", "metric": "acc", "value": 0.5}]))
+    summary = write_report(two, two[0])
+    assert summary.notes[-1] == (
+        "In full_run: measured once more and not shown: base (as in s2_run), RoPE only (as in s2_run)."
+    )
+    assert summary.table.strings()[-1] == ["arc_easy: acc", "0.500", "-", "-", "-"]
+
+
+def test_a_base_with_other_weights_than_the_runs_own_is_not_borrowed(two: list[RunFolder]) -> None:
+    two[1].evaluation("base").unlink()
+    save(two[1], rope_only=evaluation("rope_only", weights="2e" * 32))
+    assert "base" not in read_comparison(two).runs[1].columns
+
+
+def test_three_runs_and_two_tokenizers(two: list[RunFolder], tmp_path: Path) -> None:
+    third = complete_run(tmp_path / "third", tokenizer_hash="2e" * 32, model="org/other")
+    found = read_comparison([*two, third])
+    assert found.labels[-3:] == ("base · third", "RoPE only · third", "trained · third")
+    summary = write_report([*two, third], tmp_path)
+    assert summary.title == "org/model and org/other"
+    assert len(summary.verdicts) == 15
+    assert summary.table.rows[0].label.startswith("bits per byte")
+    assert "The curves of models with different tokenizers do not compare" in read_html(RunFolder(tmp_path)).text
 
 
 def test_a_base_of_another_model_is_not_borrowed(two: list[RunFolder]) -> None:
@@ -116,7 +142,7 @@ def test_results_json_holds_every_model_with_its_provenance_and_numbers(two: lis
     assert results["schema"] == 1
     assert [model["label"] for model in results["models"]] == list(read_comparison(two).labels)
     trained = results["models"][3]
-    assert trained["tokenizer_hash"] == "1f" * 32
+    assert (trained["weights"], trained["tokenizer_hash"]) == ("7e" * 32, "1f" * 32)
     assert (trained["seed"], trained["bos"], trained["attention"], trained["dtype"]) == (
         0,
         True,

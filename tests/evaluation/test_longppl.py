@@ -21,10 +21,10 @@ from longlora.evaluation.loss.longppl import (
     KeyDocument,
     encode_with_spans,
     key_document,
+    key_loss,
     key_spans,
     key_tokens,
     long_enough,
-    long_perplexity,
     longppl_row,
     short_losses,
     tokens_in_spans,
@@ -199,10 +199,10 @@ def test_a_tokenizer_without_offsets_is_refused_in_one_line() -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_perplexity_over_key_tokens() -> None:
+def test_loss_over_key_tokens() -> None:
     losses = torch.tensor([NAN, 1.0, 2.0, 4.0])
-    assert long_perplexity(losses, torch.tensor([False, True, False, True])) == pytest.approx(math.exp(2.5))
-    assert long_perplexity(losses, torch.zeros(4, dtype=torch.bool)) is None
+    assert key_loss(losses, torch.tensor([False, True, False, True])) == pytest.approx(2.5)
+    assert key_loss(losses, torch.zeros(4, dtype=torch.bool)) is None
 
 
 def test_a_row_has_the_loss_of_key_tokens_and_of_all() -> None:

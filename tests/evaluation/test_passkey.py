@@ -177,6 +177,14 @@ def test_hidden_facts_leave_the_document_whole() -> None:
     assert len({fact["name"] for fact in hidden.facts}) == 3
 
 
+def test_a_number_pushed_back_by_the_one_before_says_where_it_stands() -> None:
+    hidden = hide_facts(encode, list(range(3, 120)) * 40, [1500], [0.1, 0.101, 0.102], trial=0, seed=0)
+    for fact in hidden.facts:
+        sentence = encode(f"\nThe {fact['name']} is {fact['key']}. Remember it. {fact['key']} is the {fact['name']}.\n")
+        position = round(fact["depth"] * fact["length"])
+        assert hidden.tokens[position : position + len(sentence)] == sentence
+
+
 def test_too_little_room_is_said() -> None:
     with pytest.raises(LongLoraError, match="passkey length 100 is too short: the prompt alone has 2[5-9]. tokens"):
         filler_prompts(encode, [], [100], [0.5], 1, seed=0)

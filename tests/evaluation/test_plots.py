@@ -26,7 +26,7 @@ def test_plots_are_valid_xml_with_their_own_ids(tmp_path: Path) -> None:
     made = [
         curves.loss_by_position(found),
         curves.perplexity_by_length(found),
-        curves.log_probability_by_length(found, "passkey"),
+        curves.log_probability_by_length(found, "passkey", ""),
         curves.training_curves(found.runs),
         curves.training_curves(found.runs, name="again"),
     ]
@@ -39,7 +39,7 @@ def test_plots_are_valid_xml_with_their_own_ids(tmp_path: Path) -> None:
         assert not list(root.iter("{http://www.w3.org/2000/svg}image"))
         ids += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))
-    assert curves.log_probability_by_length(found, "needle") is None
+    assert curves.log_probability_by_length(found, "needle", "needle") is None
 
 
 def test_position_axis_is_logarithmic_for_growing_ranges(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_cases import evaluation, passkey, save
+from report_cases import benchmarks, evaluation, passkey, save
 
 from longlora.artifacts import RunFolder
 from longlora.errors import RunFolderError
-from longlora.evaluation.report.records import read_evaluations, read_training
+from longlora.evaluation.report.records import read_evaluations
+from longlora.evaluation.report.training_log import read_training
 from longlora.evaluation.report.write import write_report
 
 
@@ -57,31 +58,83 @@ def test_files_of_different_extensions_are_refused(empty: RunFolder) -> None:
         write_report([empty], empty)
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"), [({"model": "org/other"}, "models"), ({"tokenizer_hash": "2e" * 32}, "tokenizers")]
+)
+def test_files_of_different_models_are_refused(empty: RunFolder, changes: dict[str, str], what: str) -> None:
+    save(empty, base=evaluation("base", **changes), trained=evaluation("trained"))
+    with pytest.raises(RunFolderError, match=rf"mixes {what} \(.*longlora eval"):
+        write_report([empty], empty)
+
+
 ROW: dict[str, Any] = {"task": "arc_easy", "metric": "acc", "value": 0.5}
 
 
-@pytest.mark.parametrize("content", [[ROW], {"harness": [ROW]}, {"rows": [ROW]}])
-def test_standard_benchmarks_come_from_their_own_file(empty: RunFolder, content: object) -> None:
+def save_benchmarks(run: RunFolder, variant: str, rows: list[dict[str, Any]], **changes: Any) -> None:
+    content = benchmarks(evaluation(variant), rows, **changes)
+    run.harness(variant).write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_standard_benchmarks_come_from_their_own_file_alone(empty: RunFolder) -> None:
+    save(empty, base=evaluation("base", benchmarks={"weights": "x", "dtype": "x", "rows": [ROW, ROW]}))
+    assert read_evaluations(empty).evaluations["base"].benchmarks is None
+    save_benchmarks(empty, "base", [ROW])
+    summary = write_report([empty], empty)
+    assert summary.table.strings()[-1] == ["arc_easy: acc", "0.500"]
+    assert not any("left out" in note for note in summary.notes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"weights": "other"}, {"rope_parameters": {"rope_type": "linear"}}, {"dtype": "float32"}]
+)
+def test_benchmarks_of_another_model_are_left_out_and_that_is_said(empty: RunFolder, changes: dict[str, Any]) -> None:
+    save(empty, base=evaluation("base"), rope_only=evaluation("rope_only"))
+    save_benchmarks(empty, "base", [ROW])
+    save_benchmarks(empty, "rope_only", [{**ROW, "value": 0.9}], **changes)
+    summary = write_report([empty], empty)
+    assert summary.table.strings()[-1] == ["arc_easy: acc", "0.500", "-"]
+    assert any(
+        note.startswith("eval/rope_only.harness.json is left out") and "run `longlora eval harness` again" in note
+        for note in summary.notes
+    )
+
+
+def test_benchmarks_of_a_model_that_was_not_evaluated_are_left_out_and_that_is_said(empty: RunFolder) -> None:
     save(empty, base=evaluation("base"))
-    empty.harness("base").write_text(json.dumps(content), encoding="utf-8")
-    assert [row.value for row in read_evaluations(empty)["base"].harness] == [0.5]
-    assert write_report([empty], empty).table.strings()[-1] == ["arc_easy: acc", "0.500"]
+    save_benchmarks(empty, "trained", [ROW])
+    summary = write_report([empty], empty)
+    assert "eval/trained.harness.json is left out: trained has no eval/trained.json." in summary.notes
+    assert not any(row.group == "harness" for row in summary.table.rows)
 
 
-def test_a_benchmark_number_that_is_missing_has_no_row(empty: RunFolder) -> None:
+def test_a_benchmark_number_that_is_missing_has_no_row_and_is_counted(empty: RunFolder) -> None:
     save(empty, base=evaluation("base"))
     rows = [{**ROW, "value": None}, {**ROW, "metric": "ppl", "truncated": 2, "truncation": "middle"}]
     rows[1]["higher_is_better"] = False
-    empty.harness("base").write_text(json.dumps(rows), encoding="utf-8")
-    shown = [row for row in write_report([empty], empty).table.rows if row.group == "harness"]
-    assert [(row.label, row.detail) for row in shown] == [
+    save_benchmarks(empty, "base", rows)
+    summary = write_report([empty], empty)
+    assert [(row.label, row.detail) for row in summary.table.rows if row.group == "harness"] == [
         ("arc_easy: ppl", "2 prompts cut (middle), lower is better"),
     ]
+    assert "Standard benchmarks of base: 1 without a finite value are left out." in summary.notes
+
+
+def test_benchmarks_that_were_asked_otherwise_do_not_share_a_row(empty: RunFolder) -> None:
+    save(empty, base=evaluation("base"), rope_only=evaluation("rope_only"))
+    save_benchmarks(empty, "base", [ROW], settings={"max_length": 1000})
+    save_benchmarks(empty, "rope_only", [ROW], settings={"chat_template": True})
+    summary = write_report([empty], empty)
+    shown = [row for row in summary.table.rows if row.group == "harness"]
+    assert [(row.detail, [cell.text for cell in row.cells]) for row in shown] == [
+        ("", ["0.500", "-"]),
+        ("chat format", ["-", "0.500"]),
+    ]
+    assert "Standard benchmarks of base had prompts of up to 1000 tokens; its RoPE covers 100." in summary.notes
 
 
 def test_damaged_benchmark_file_names_its_own_remedy(empty: RunFolder) -> None:
     save(empty, base=evaluation("base"))
-    empty.harness("base").write_text('[{"task": 1}]', encoding="utf-8")
+    save_benchmarks(empty, "base", [{"task": 1}])
     with pytest.raises(RunFolderError, match=r"base\.harness\.json is damaged.*run `longlora eval harness` again"):
         read_evaluations(empty)
 

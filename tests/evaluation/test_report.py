@@ -128,6 +128,21 @@ def test_depths_that_do_not_form_a_grid_fall_into_quarters(empty: RunFolder) -> 
     assert table[2][1:] == ["-", "-"]
 
 
+def test_each_kind_of_needle_has_its_maps(empty: RunFolder) -> None:
+    rows = [
+        prompt("needle", length, depth, name=kind, log_probability=-1.0)
+        for kind in ("single", "chain")
+        for length in (OLD, NEW)
+        for depth in (0.0, 1.0)
+    ]
+    save(empty, base=evaluation("base", retrieval=rows), trained=evaluation("trained", retrieval=rows))
+    write_report([empty], empty)
+    reader = read_html(empty)
+    assert len([table for table in reader.tables if table[0][0] == "depth"]) == 4
+    assert len(reader.ids) == len(set(reader.ids))
+    assert "### chain" in empty.report_markdown.read_text(encoding="utf-8")
+
+
 def test_ruler_tables_state_n_interval_average_and_effective_length(full: RunFolder) -> None:
     write_report([full], full)
     tables = [table for table in read_html(full).tables if table[0][0] == "task" and table[0][1] == "100"]
@@ -137,7 +152,7 @@ def test_ruler_tables_state_n_interval_average_and_effective_length(full: RunFol
         ["niah_single_1", "100.0 [34, 100] n=2", "50.0 [9, 91] n=2"],
         ["average", "87.5 [40, 99] n=4", "31.2 [7, 74] n=4"],
     ]
-    assert "trained: effective length 100 tokens, at the threshold of 80." in read_html(full).text
+    assert "trained: effective length 100 tokens, at the threshold of 80 over 2 tasks." in read_html(full).text
 
 
 def test_cost_says_what_shared_prefixes_saved(full: RunFolder) -> None:
@@ -145,7 +160,7 @@ def test_cost_says_what_shared_prefixes_saved(full: RunFolder) -> None:
     table = next(table for table in read_html(full).tables if table[1][0] == "passkey")
     assert table[1][1] == "10 s 1,000 read 3,000 reused 75% saved"
     assert table[3][:2] == ["all tasks", "20 s 2,000 read 6,000 reused 75% saved"]
-    assert table[4][1] == "300 s 5 min"
+    assert table[4][:2] == ["wall time of the last call", "300 s 5 min"]
     assert table[5][1] == "3.00 GiB"
 
 
@@ -173,6 +188,11 @@ def test_one_model_without_training_is_a_report_without_verdicts(empty: RunFolde
     assert summary.verdicts == ()
     assert summary.missing == ()
     assert summary.subtitle == "Context of 100 tokens. Measured: base."
+    text = read_html(empty).text
+    assert "base is the model as it came." in text
+    assert "trained is after training" not in text
+    save(empty, base=evaluation("base", settings={"variants": ["base"]}))
+    assert write_report([empty], empty).subtitle == "Context of 100 tokens, asked up to 200. Measured: base."
     assert "nothing to judge" in read_html(empty).text
 
 

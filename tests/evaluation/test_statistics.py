@@ -8,6 +8,7 @@ import random
 import pytest
 
 from longlora.evaluation.report.statistics import (
+    log_probability_interval,
     mean_interval,
     normal_interval,
     paired_difference,
@@ -82,6 +83,13 @@ def test_mean_interval_by_hand() -> None:
     assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - half, 3 + half))
 
 
+def test_interval_of_log_probabilities_does_not_go_above_zero() -> None:
+    mean, low, _ = mean_interval([-0.1, -0.3])
+    assert log_probability_interval([-0.1, -0.3]) == (mean, low, 0.0)
+    assert log_probability_interval([-5.0, -5.1, -5.2]) == mean_interval([-5.0, -5.1, -5.2])
+    assert log_probability_interval([-5.0]) == (-5.0, None, None)
+
+
 def test_mean_interval_of_equal_values_has_no_width() -> None:
     assert mean_interval([2.5, 2.5, 2.5]) == (2.5, 2.5, 2.5)
 
@@ -108,6 +116,13 @@ def test_paired_difference_removes_what_pairs_share() -> None:
     assert paired_difference(a, b) == mean_interval([0.5, 1.0, 0.5])
     with pytest.raises(ValueError, match="2 and 3"):
         paired_difference([1, 2], [1, 2, 3])
+
+
+def test_paired_difference_with_weights_is_the_difference_of_the_weighted_means() -> None:
+    a, b, weights = [1.0, 5.0, 9.0], [0.5, 4.0, 8.75], [3, 1, 1]
+    found = paired_difference(a, b, weights)
+    assert found.mean == pytest.approx(token_weighted_mean(a, weights) - token_weighted_mean(b, weights))
+    assert found == weighted_mean_interval([0.5, 1.0, 0.25], weights)
 
 
 def test_token_weighted_mean() -> None:

@@ -37,19 +37,19 @@ EXPECTED = [
     ("bits per byte, first 100 tokens", "1.262", "1.334", "1.277"),
     ("bits per byte, first 200 tokens", "1.958†", "1.273", "1.200"),
     ("passkey, 100 tokens: correct", "2/2 [0.34, 1.00]", "2/2 [0.34, 1.00]", "2/2 [0.34, 1.00]"),
-    # two values: mean +- 12.7062 * |difference| / 2
+    # two values: mean +- 12.7062 * |difference| / 2, and never above 0
     (
         "passkey, 100 tokens: log-probability (nats)",
-        "-0.20 [-1.47, 1.07]",
-        "-0.30 [-1.57, 0.97]",
-        "-0.25 [-0.89, 0.39]",
+        "-0.20 [-1.47, 0.00]",
+        "-0.30 [-1.57, 0.00]",
+        "-0.25 [-0.89, 0.00]",
     ),
     ("passkey, 200 tokens: correct", "0/2† [0.00, 0.66]", "1/2 [0.09, 0.91]", "2/2 [0.34, 1.00]"),
     (
         "passkey, 200 tokens: log-probability (nats)",
         "-8.50† [-14.85, -2.15]",
-        "-1.20 [-3.74, 1.34]",
-        "-0.65 [-2.56, 1.26]",
+        "-1.20 [-3.74, 0.00]",
+        "-0.65 [-2.56, 0.00]",
     ),
 ]
 
@@ -61,6 +61,14 @@ def test_main_table_by_hand(complete: RunFolder) -> None:
     assert summary.table.rows[1].detail == "2 documents, 348 tokens scored"
     assert summary.table.rows[3].detail == "2 documents, 792 bytes scored"
     assert summary.notes == ("† Measured at a length beyond what the model's RoPE covers (base: 100 tokens).",)
+
+
+def test_documents_of_unknown_bytes_are_counted(empty: RunFolder) -> None:
+    rows = perplexity("base")
+    rows[0]["bytes"] = None
+    save(empty, base=evaluation("base", perplexity=rows))
+    row = next(row for row in summary_of(empty).table.rows if row.key == f"bits_per_byte/{OLD}")
+    assert row.detail == "1 document, 396 bytes scored; 1 document of unknown bytes"
 
 
 def test_longppl_is_the_perplexity_over_all_key_tokens(empty: RunFolder) -> None:
@@ -75,7 +83,7 @@ def test_longppl_is_the_perplexity_over_all_key_tokens(empty: RunFolder) -> None
     (shown,) = summary_of(empty).table.rows
     assert shown.label == "LongPPL, 100 tokens (perplexity of key tokens)"
     assert shown.cells[0].value == pytest.approx(math.exp(1.5))
-    assert shown.detail == "2 documents, 4 tokens are key tokens"
+    assert shown.detail == "2 documents, 4 tokens are key tokens; 1 document without key tokens"
 
 
 def test_ruler_average_weighs_tasks_alike_over_common_prompts(empty: RunFolder) -> None:
@@ -90,7 +98,7 @@ def test_ruler_average_weighs_tasks_alike_over_common_prompts(empty: RunFolder) 
     save(empty, trained=evaluation("trained", perplexity=[], retrieval=fewer))
     average, effective = summary_of(empty).table.rows
     assert [cell.value for cell in average.cells] == [75, 100]
-    assert average.detail == "1 task, 2 prompts"
+    assert average.detail == "1 task, 2 prompts; 2 left out, not measured for all"
     assert effective.cells[1].text == "100"
 
 
@@ -100,6 +108,29 @@ def test_answers_of_other_prompts_are_not_compared(empty: RunFolder) -> None:
     row = next(row for row in summary_of(empty).table.rows if row.label == "passkey, 200 tokens: correct")
     assert [str(cell) for cell in row.cells] == ["-", "-"]
     assert row.detail == "no prompt was answered by all models"
+
+
+def test_kinds_of_needles_are_not_averaged(empty: RunFolder) -> None:
+    rows = [prompt("needle", OLD, 0.5, name=kind, correct=kind == "single") for kind in ("single", "chain")]
+    save(empty, base=evaluation("base", perplexity=[], retrieval=rows))
+    assert summary_of(empty).table.strings() == [
+        ["needle single, 100 tokens: correct", "1/1 [0.21, 1.00]"],
+        ["needle chain, 100 tokens: correct", "0/1 [0.00, 0.79]"],
+    ]
+    assert [row.key for row in summary_of(empty).table.rows] == [
+        "needle/single/100/correct",
+        "needle/chain/100/correct",
+    ]
+
+
+def test_prompts_of_many_lengths_are_put_together_by_doublings(empty: RunFolder) -> None:
+    rows = [prompt("topics", length, None, length, correct=length > 64) for length in range(40, 140, 4)]
+    save(empty, base=evaluation("base", perplexity=[], retrieval=rows))
+    assert [(row.label, row.cells[0].text, row.cells[0].mark) for row in summary_of(empty).table.rows] == [
+        ("topics, 40 to 64 tokens: correct", "0/7", ""),
+        ("topics, 68 to 128 tokens: correct", "16/16", "†"),
+        ("topics, 132 to 136 tokens: correct", "2/2", "†"),
+    ]
 
 
 def test_lines_and_topics_are_counted_without_log_probability(empty: RunFolder) -> None:
@@ -170,6 +201,9 @@ def test_only_documents_of_all_models_are_compared(empty: RunFolder) -> None:
     found = shared_perplexity(read_comparison([empty]).columns, OLD)
     assert [[row.document for row in rows] for rows in found.rows.values()] == [["first", "second"]] * 2
     assert found.left_out == 1
+    # Either lacks a document of the other.
+    save(empty, base=evaluation("base", ("first", "fourth")))
+    assert shared_perplexity(read_comparison([empty]).columns, OLD).left_out == 3
 
 
 def test_documents_of_one_name_are_paired_in_order(empty: RunFolder) -> None:

@@ -48,7 +48,10 @@ def main() -> None:
     except SystemExit as stopped:
         if stopped.code != _INTERRUPTED:  # typer's way to say Ctrl-C
             raise
-        message = "interrupted; whatever was finished is whole, and `longlora resume` goes on with a training run"
+        message = (
+            "interrupted; whatever was finished is whole: `longlora resume` goes on with a training run, and the same "
+            "`longlora eval` with a measurement"
+        )
         _fail(message, _INTERRUPTED)
     except OSError as error:
         if error.errno not in _OUR_FAULT_NOT:

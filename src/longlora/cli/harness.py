@@ -75,6 +75,7 @@ def harness(
     }
     run, out = RunFolder(resolved.run_path), console()
     loaded = _load(names, settings)
+    _require_variants(resolved, run)
     rows: dict[str, list[dict[str, Any]]] = {}
     for each in variants:
         found, result = _measure(resolved, run, each, loaded, max_length, settings, out)
@@ -110,6 +111,12 @@ def _load(names: list[str], settings: dict[str, Any]) -> list[Any]:
     from longlora.evaluation.harness.tasks import load_tasks
 
     return load_tasks(names, **{key: settings[key] for key in ("data", "num_fewshot", "download", "metadata")})
+
+
+def _require_variants(recipe: Recipe, run: RunFolder) -> None:
+    from longlora.evaluation.variants import require_variants
+
+    require_variants(recipe, run)
 
 
 def _measure(

@@ -15,8 +15,7 @@ from typer.core import TyperGroup
 from longlora.artifacts import RunFolder
 from longlora.cli.harness import harness
 from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe, save_recipe
-from longlora.config import build_recipe
-from longlora.errors import RecipeError, RunFolderError
+from longlora.errors import RecipeError
 
 _DEFAULT = "recipe"
 
@@ -58,32 +57,24 @@ def evaluate_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id, extended by anybody.")],
     overrides: OverridesArgument = None,
     text: Annotated[list[str] | None, typer.Option(help="Long text to read; may be given many times.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where rows and report go [default: eval_MODEL].")] = None,
-    context_length: Annotated[int | None, typer.Option(help="Tokens to measure up to [default: the model's].")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where rows and report go (default: eval_MODEL).")] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens to measure up to (default: what model and text have, 8192 on a CPU at most)."),
+    ] = None,
 ) -> None:
     """Measure any model as it is, without a recipe, and write its report."""
     if not text:
-        raise RecipeError("nothing to read: give at least one --text FILE, as long as the context")
-    from longlora.config import ModelConfig
+        raise RecipeError("nothing to read: give at least one --text FILE")
+    from longlora.evaluation.alone import recipe_for_model, require_free
     from longlora.evaluation.run import evaluate as run_evaluation
-    from longlora.model.build import load_config
-    from longlora.model.rope import current_context
 
-    folder = run_dir or Path(f"eval_{Path(model).name}")
-    context = context_length or current_context(load_config(ModelConfig(name_or_path=model)))
-    values = {
-        "run_dir": str(folder),
-        "model": {"name_or_path": model},
-        "context": {"context_length": context},
-        "eval": {"variants": ["base"], "haystack": text, "perplexity": {"texts": text}},
-    }
-    resolved = build_recipe(values, overrides or [])
-    run = RunFolder(folder)
-    if run.recipe.exists() and read_recipe(folder, None).model != resolved.model:
-        raise RunFolderError(f"{folder} holds the measurements of another model: give another --run-dir")
+    folder = run_dir or Path(f"eval_{Path(model).resolve().name}")
+    resolved = recipe_for_model(model, text, folder, context_length, overrides or [], console())
+    require_free(resolved)
     save_recipe(resolved)
     run_evaluation(resolved, console())
-    write_and_print([run], folder, console())
+    write_and_print([RunFolder(resolved.run_path)], resolved.run_path, console())
 
 
 def prompt(
@@ -103,7 +94,7 @@ def report(
         list[str],
         typer.Argument(metavar="RUN...", help="Recipes or run folders, and KEY=VALUE overrides for one recipe."),
     ],
-    output: Annotated[Path | None, typer.Option(help="Folder of the report [default: the first run's].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report (default: that of the first run).")] = None,
 ) -> None:
     """Write report.html, report.md and results.json from the rows of one or more runs, and print the table."""
     paths = [Path(run) for run in runs if Path(run).exists() or "=" not in run]

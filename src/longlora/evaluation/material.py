@@ -14,6 +14,7 @@ from longlora.config import Recipe
 from longlora.data.documents import ReadReport
 from longlora.data.shards import bound_tokens, open_shard
 from longlora.errors import DataError
+from longlora.evaluation.loss.longppl import least_tokens
 from longlora.evaluation.loss.perplexity import first_window, needed_tokens
 from longlora.evaluation.loss.texts import NamedTokens, read_haystack, read_texts
 from longlora.evaluation.retrieval.longeval import conversation_prompts, line_prompts, load_topics, topic_prompts
@@ -21,9 +22,8 @@ from longlora.evaluation.retrieval.needle import needle_prompts
 from longlora.evaluation.retrieval.passkey import Hidden, filler_prompts, hide_facts, landmark_prompts
 from longlora.evaluation.retrieval.prompt import Encode, Prompt
 from longlora.evaluation.retrieval.ruler import ruler_prompts
+from longlora.evaluation.retrieval.ruler_needles import NEEDLE_TASKS
 from longlora.model.build import tokenizer_hash
-
-_TASKS_OVER_TEXT = {"needle", "topics", "ruler"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Material:
     documents: list[Text]
     """Read from their beginning for their loss, and for the numbers hidden in them."""
     plain: list[NamedTokens]
-    """The same documents without what was hidden."""
+    """The documents of LongPPL: the same ones without what was hidden, as far as it reads them."""
     prompts: list[Prompt]
     """Answered, in the order of `recipe.eval.tasks`."""
 
@@ -64,28 +64,41 @@ def build_material(
     run: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
     context_lengths: Sequence[int],
+    longppl_context: int,
     console: Console,
 ) -> Material:
     """Documents and prompts of `recipe`.
 
     Args:
         context_lengths: windows in which the loss is measured, in tokens.
+        longppl_context: tokens of a document that LongPPL reads at most.
         console: is told what was read of files that the recipe names.
 
     Raises:
-        DataError: no document is long enough, or a length has no room for its task.
+        DataError: no document is long enough, a length has no room for its task, or there is nothing to measure.
     """
-    settings = recipe.eval
-    reads = {"perplexity", "longppl"} & set(settings.tasks)
-    needs_text = not settings.haystack and _TASKS_OVER_TEXT & set(settings.tasks)
-    plain = []
-    if reads or needs_text or _hides(recipe):
-        plain = _documents(recipe, run, tokenizer, context_lengths, console)
-    texts = read_haystack(settings.haystack) if settings.haystack else {}
-    if needs_text:
-        texts = {text.name: tokenizer.decode(text.tokens, skip_special_tokens=True) for text in plain}
-    documents = _hidden(recipe, plain, tokenizer, context_lengths) if "perplexity" in reads or _hides(recipe) else []
-    return Material(documents, plain, _prompts(recipe, tokenizer, texts))
+    settings, own = recipe.eval, recipe.eval.perplexity
+    scores = "perplexity" in settings.tasks or _hides(recipe)
+    hides_needles = _needs_haystack(recipe)
+    windows = 0
+    if scores or (hides_needles and not settings.haystack):
+        windows = needed_tokens(own.protocol, context_lengths, own.stride, own.tokens_per_document)
+    most = max(windows, longppl_context if "longppl" in settings.tasks else 0)
+    plain = _documents(recipe, run, tokenizer, windows, most, console) if most else []
+    cut = [NamedTokens(text.name, text.tokens[:windows]) for text in plain]
+    texts: dict[str, str] = {}
+    if hides_needles and settings.haystack:
+        texts = read_haystack(settings.haystack, text_field=recipe.data.text_field)
+    elif hides_needles:
+        texts = {text.name: tokenizer.decode(text.tokens, skip_special_tokens=True) for text in cut}
+    documents = _hidden(recipe, cut, tokenizer, context_lengths) if scores else []
+    prompts = _prompts(recipe, tokenizer, texts)
+    if not (documents or plain or prompts):
+        raise DataError(
+            "nothing is left to measure, because eval.passkey.num_trials=0 leaves passkey out: raise it, or name other "
+            "eval.tasks"
+        )
+    return Material(documents, plain, prompts)
 
 
 def retrieval_lengths(recipe: Recipe, lengths: list[int] | None) -> list[int]:
@@ -108,16 +121,26 @@ def _hides(recipe: Recipe) -> bool:
     return "passkey" in recipe.eval.tasks and passkey.num_trials > 0 and passkey.haystack == "heldout"
 
 
+def _needs_haystack(recipe: Recipe) -> bool:
+    """Whether a task hides something in real text."""
+    settings = recipe.eval
+    essay = any(task in NEEDLE_TASKS and NEEDLE_TASKS[task].haystack == "essay" for task in settings.ruler.tasks)
+    over_text = {"needle": True, "topics": not settings.topics.conversations, "ruler": essay}
+    return any(over_text.get(task, False) for task in settings.tasks)
+
+
 def _documents(
     recipe: Recipe,
     run: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
-    context_lengths: Sequence[int],
+    windows: int,
+    most: int,
     console: Console,
 ) -> list[NamedTokens]:
-    """The first documents that are long enough for every window, cut to what is read of them."""
+    """The first documents of `windows` tokens or more (0: as many as LongPPL needs), cut to `most` tokens."""
     settings = recipe.eval.perplexity
-    needed = needed_tokens(settings.protocol, context_lengths, settings.stride, settings.tokens_per_document)
+    needed = windows or least_tokens(recipe.eval.longppl)
+    too_long = "eval.perplexity.context_lengths" if windows else "eval.longppl.short_context"
     if settings.texts:
         report = ReadReport()
         found = read_texts(
@@ -126,10 +149,11 @@ def _documents(
             text_field=recipe.data.text_field,
             add_special_tokens=recipe.data.add_special_tokens,
             needed_tokens=needed,
-            max_tokens=needed,
+            max_tokens=most,
             max_documents=settings.max_documents,
             whole_streams=settings.protocol == "longlora",
             report=report,
+            too_long=too_long,
         )
         console.print(f"texts: {report.summary()}", highlight=False)
         for text in found:
@@ -141,10 +165,10 @@ def _documents(
     if not long_enough:
         raise DataError(
             f"no held-out document has {needed} tokens, the longest has {max(shard.lengths)}: "
-            "add longer ones to data.heldout or lower eval.perplexity.context_lengths"
+            f"add longer ones to data.heldout or lower {too_long}"
         )
     kept = long_enough[: settings.max_documents]
-    return [NamedTokens(shard.names[index], shard.document(index)[:needed].tolist()) for index in kept]
+    return [NamedTokens(shard.names[index], shard.document(index)[:most].tolist()) for index in kept]
 
 
 def _hidden(

@@ -121,20 +121,20 @@ class Measurement:
     ) -> list[KeyDocument]:
         """Key tokens of LongPPL, with this model as the evaluator; see `longppl.key_document`."""
         settings = self._recipe.eval.longppl
-        found = []
-        with self._samples() as samples, cached_attention(self._model), self._progress(len(documents)) as progress:
-            for name, tokens in documents:
-                key = key_of("keys", name, tokens, settings.model_dump(mode="json"), context_length, tokenizers is None)
-                if (kept := samples.get(key)) is None:
+        decisive = [settings.model_dump(mode="json"), context_length, tokenizers is None]
+        keys = [key_of("keys", name, tokens, *decisive) for name, tokens in documents]
+        with self._samples() as samples, cached_attention(self._model):
+            wanted = [place for place, key in enumerate(keys) if samples.get(key) is None]
+            with self._progress(len(wanted)) as progress:
+                for place in wanted:
+                    name, tokens = documents[place]
                     made = key_document(
                         name, tokens, lambda part: self._read(part).losses_T, settings,
                         tokenizers=tokenizers, context_length=context_length,
                     )  # fmt: skip
-                    kept = asdict(made)
-                    samples.add(key, kept)
-                found.append(KeyDocument(**kept))
-                progress.advance(1, name)
-        return found
+                    samples.add(keys[place], asdict(made))
+                    progress.advance(1, name)
+            return [KeyDocument(**samples[key]) for key in keys]
 
     def _samples(self) -> Samples:
         return Samples(self._path, {name: self._environment[name] for name in _SAME_MODEL})
@@ -154,17 +154,18 @@ class Measurement:
 
     def _each(self, task: str, items: Sequence[_Item], samples: Samples) -> Iterator[dict[str, Any]]:
         """The rows of each document, measured or kept."""
-        with self._progress(len(items)) as progress:
-            for item in items:
-                if (kept := samples.get(item.key)) is None:
-                    began = time.monotonic()
-                    rows = item.measure()
-                    work = asdict(Work(tokens_read=item.tokens))
-                    kept = {"rows": rows, "seconds": time.monotonic() - began, **work}
-                    samples.add(item.key, kept)
-                self._count(task, kept, 0)
+        wanted = [item for item in items if samples.get(item.key) is None]
+        with self._progress(len(wanted)) as progress:
+            for item in wanted:
+                began = time.monotonic()
+                rows = item.measure()
+                work = asdict(Work(tokens_read=item.tokens))
+                samples.add(item.key, {"rows": rows, "seconds": time.monotonic() - began, **work})
                 progress.advance(1, f"{task} {item.name}")
-                yield kept["rows"]
+        for item in items:
+            kept = samples[item.key]
+            self._count(task, kept, 0)
+            yield kept["rows"]
 
     def _documents(self, texts: Sequence[Text], windows: Sequence[int], samples: Samples) -> Iterator[dict[str, Any]]:
         settings = self._recipe.eval.perplexity
@@ -232,12 +233,13 @@ class Measurement:
         plans = {task: reader.order([prompts[index] for index in indices]) for task, indices in wanted.items()}
         with self._progress(sum(step.cost for plan in plans.values() for step in plan)) as progress:
             for task, indices in wanted.items():
-                costs = {place: step.cost / len(step.indices) for step in plans[task] for place in step.indices}
+                # The first answer of a step is there when the whole step is done.
+                costs = {step.indices[0]: step.cost for step in plans[task]}
                 meter = _Meter(reader)
                 for place, answered in reader.answers([prompts[index] for index in indices]):
                     prompt = prompts[indices[place]]
                     samples.add(keys[indices[place]], {"rows": _retrieval_row(prompt, answered), **meter.more()})
-                    progress.advance(costs[place], f"{task} {prompt.facts['name']} {prompt.facts['length']}")
+                    progress.advance(costs.get(place, 0.0), f"{task} {prompt.facts['name']} {prompt.facts['length']}")
         for prompt, key in zip(prompts, keys, strict=True):
             kept = samples[key]
             self._count(str(prompt.facts["task"]), kept, 1)

@@ -5,6 +5,7 @@ Every finished row is kept at once (`samples.py`), so that a measurement that wa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from longlora.artifacts import RunFolder, write_json
 from longlora.config import ModelConfig, Recipe
-from longlora.errors import DataError
+from longlora.errors import DataError, ModelError
 from longlora.evaluation.loss.longppl import KeyDocument, long_enough
 from longlora.evaluation.material import Material, build_material
 from longlora.evaluation.measurement import Measurement
-from longlora.evaluation.variants import Contexts, contexts_of, load_variant
+from longlora.evaluation.variants import Contexts, contexts_of, load_variant, require_variants
 from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
+from longlora.model.rope import current_context
 
 
 def evaluate(recipe: Recipe, console: Console) -> list[Path]:
@@ -32,7 +34,8 @@ def evaluate(recipe: Recipe, console: Console) -> list[Path]:
     run = RunFolder(recipe.run_path)
     tokenizer = load_tokenizer(recipe.model)
     contexts = contexts_of(recipe, load_config(recipe.model))
-    material = build_material(recipe, run, tokenizer, _windows(recipe, contexts), console)
+    material = _material(recipe, run, tokenizer, contexts, console)
+    require_variants(recipe, run)
     keys = _key_documents(recipe, run, tokenizer, contexts, material, console)
     paths = []
     for variant in recipe.eval.variants:
@@ -63,7 +66,7 @@ def find_prompt(recipe: Recipe, sha256: str) -> str:
     tokenizer = load_tokenizer(recipe.model)
     contexts = contexts_of(recipe, load_config(recipe.model))
     run = RunFolder(recipe.run_path)
-    material = build_material(recipe, run, tokenizer, _windows(recipe, contexts), Console(quiet=True))
+    material = _material(recipe, run, tokenizer, contexts, Console(quiet=True))
     asked = [*material.prompts, *(prompt for text in material.documents for prompt in text.prompts())]
     found = {prompt.sha256: prompt for prompt in asked if prompt.sha256.startswith(sha256.lower())}
     if len(found) != 1:
@@ -72,6 +75,13 @@ def find_prompt(recipe: Recipe, sha256: str) -> str:
             "give the recipe that the row was measured with, and more digits"
         )
     return str(tokenizer.decode(next(iter(found.values())).tokens))
+
+
+def _material(
+    recipe: Recipe, run: RunFolder, tokenizer: PreTrainedTokenizerBase, contexts: Contexts, console: Console
+) -> Material:
+    windows, longppl_context = _windows(recipe, contexts), _longppl_context(recipe, contexts)
+    return build_material(recipe, run, tokenizer, windows, longppl_context, console)
 
 
 def _longppl_context(recipe: Recipe, contexts: Contexts) -> int:
@@ -85,9 +95,12 @@ def _windows(recipe: Recipe, contexts: Contexts) -> list[int]:
 
 def _warn_beyond(recipe: Recipe, contexts: Contexts, material: Material, variant: str, console: Console) -> None:
     covered = contexts.covered(variant)
-    lengths = {int(prompt.facts["length"]) for prompt in material.prompts}
+    asked = [*material.prompts, *(prompt for text in material.documents for prompt in text.prompts())]
+    lengths = {int(prompt.facts["length"]) for prompt in asked}
     if "perplexity" in recipe.eval.tasks:
         lengths |= set(_windows(recipe, contexts))
+    if "longppl" in recipe.eval.tasks:
+        lengths.add(_longppl_context(recipe, contexts))
     if beyond := sorted(length for length in lengths if length > covered):
         console.print(
             f"{variant}: its RoPE covers {covered} tokens; {', '.join(map(str, beyond))} tokens lie beyond and are "
@@ -111,9 +124,18 @@ def _key_documents(
     documents, left_out = long_enough([(text.name, text.tokens) for text in material.plain], context, settings)
     if left_out:
         console.print(f"longppl: {left_out} documents are too short and left out", highlight=False)
-    evaluator = recipe.model
+    evaluator, covered = recipe.model, contexts.original
     if settings.evaluator is not None:
         evaluator = ModelConfig(name_or_path=settings.evaluator, dtype=recipe.model.dtype)
+        covered = context  # unless its config says less
+        with contextlib.suppress(ModelError):
+            covered = current_context(load_config(evaluator))
+    if context > covered:
+        console.print(
+            f"longppl: RoPE of the evaluator covers {covered} tokens, less than eval.longppl.context_length {context}: "
+            "what it finds beyond is of little worth",
+            highlight=False,
+        )
     other = load_tokenizer(evaluator)
     model = load_model(evaluator).to(device_for_run())
     measurement = Measurement(recipe, model, tokenizer, run.samples("longppl_evaluator"), console, "longppl evaluator")

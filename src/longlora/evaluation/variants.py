@@ -15,11 +15,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from longlora import __version__
 from longlora.artifacts import RunFolder
-from longlora.config import Recipe
+from longlora.config import ModelConfig, Recipe
 from longlora.errors import RecipeError, RunFolderError
 from longlora.model.build import load_config, load_model, weights_fingerprint
 from longlora.model.merge import merged_model
 from longlora.model.rope import current_context, rescale_for
+from longlora.model.sidecar import read_sidecar
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_variant(recipe: Recipe, run: RunFolder, variant: str) -> PreTrainedMode
 
     Raises:
         RecipeError: there is no variant of this name.
-        RunFolderError: nothing was trained yet.
+        RunFolderError: as `require_variants`.
     """
     if variant == "base":
         return load_model(recipe.model)
@@ -61,11 +62,32 @@ def load_variant(recipe: Recipe, run: RunFolder, variant: str) -> PreTrainedMode
         return load_model(recipe.model, config)
     if variant != "trained":
         raise RecipeError(f"variant {variant!r} is not known: give base, rope_only or trained")
+    require_variants(recipe, run)
     if run.merged.exists():
         return load_model(recipe.model.model_copy(update={"name_or_path": str(run.merged), "revision": None}))
-    if not run.adapter.exists():
-        raise RunFolderError(f"{run.adapter} does not exist: run `longlora train` first, or leave out trained")
     return merged_model(run.adapter)
+
+
+def require_variants(recipe: Recipe, run: RunFolder) -> None:
+    """Refuse what would be found out only after hours of measuring the others.
+
+    Raises:
+        RunFolderError: ``trained`` is asked for and nothing was trained yet, or for another context than the recipe's.
+    """
+    if "trained" not in recipe.eval.variants:
+        return
+    if run.merged.exists():
+        folder, context = run.merged, current_context(load_config(ModelConfig(name_or_path=str(run.merged))))
+    elif run.adapter.exists():
+        folder, context = run.adapter, read_sidecar(run.adapter).context_length
+    else:
+        raise RunFolderError(f"{run.adapter} does not exist: run `longlora train` first, or leave out trained")
+    if context != recipe.context.context_length:
+        raise RunFolderError(
+            f"{folder} was trained for {context} tokens, the recipe says context.context_length="
+            f"{recipe.context.context_length}: leave that as it was; to measure other lengths give "
+            "eval.perplexity.context_lengths and eval.passkey.lengths"
+        )
 
 
 def environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:

@@ -51,6 +51,11 @@ def output_head(model: PreTrainedModel) -> OutputHead:
             made = head(hidden_states(model, tokens)).float()
     finally:
         model.train(was_training)
+    if not expected.isfinite().all():
+        raise ModelError(
+            f"{model.name_or_path or type(model).__name__} computes logits that are not finite: its weights are "
+            "damaged or its training diverged; restore them or train again"
+        )
     if not torch.allclose(made, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
         raise ModelError(
             f"{type(model).__name__} changes its hidden states before the logits in a way longlora does not know "

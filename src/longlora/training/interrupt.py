@@ -6,6 +6,7 @@ a hook inside of autograd). So the first signal only leaves a note, which is rea
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -40,15 +41,18 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._restore()
         self._received = signal.Signals(number)
-        self._console.print("stopping after this step, which is saved first; once more stops at once", highlight=False)
+        with contextlib.suppress(RuntimeError):  # it came while something else was being printed
+            self._console.print(
+                "stopping after this step, which is saved first; once more stops at once", highlight=False
+            )
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._step = state.global_step
         if self._received is not None:
-            self._step = state.global_step
             control.should_save = control.should_training_stop = True
 
     def __exit__(

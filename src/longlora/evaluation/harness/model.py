@@ -1,7 +1,7 @@
 """lm-evaluation-harness's model class over a model that is already built: prompts are cut where a benchmark says so.
 
 In: a transformers model and its tokenizer. Out: an object that `lm_eval.simple_evaluate` takes. This file needs
-lm_eval; `harness.py` imports it only after it has said how to install that.
+lm_eval; `run.py` imports it only after it has said how to install that.
 
 B batch, T tokens, V vocabulary.
 """

@@ -71,15 +71,9 @@ def key_tokens(losses_long_T: Tensor, losses_short_T: Tensor, gain: float, ceili
 
 
 def key_loss(losses_T: Tensor, mask_T: Tensor) -> float | None:
-    """Mean loss over key tokens; None where there are none."""
+    """Mean loss over key tokens, in nats, the logarithm of LongPPL; None where there are none."""
     losses = losses_T[mask_T]
     return float(losses.double().mean()) if len(losses) else None
-
-
-def long_perplexity(losses_T: Tensor, mask_T: Tensor) -> float | None:
-    """exp(mean loss over key tokens); None where there are none."""
-    loss = key_loss(losses_T, mask_T)
-    return None if loss is None else float(torch.tensor(loss, dtype=torch.float64).exp())
 
 
 def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
@@ -130,6 +124,11 @@ def tokens_in_spans(spans: Sequence[Span], keys: Sequence[Span]) -> list[bool]:
     return inside
 
 
+def least_tokens(settings: LongPPLConfig) -> int:
+    """Tokens of the shortest document that can have a key token."""
+    return settings.short_context + settings.block_tokens + 1
+
+
 def long_enough(
     documents: Sequence[tuple[str, list[int]]], context_length: int, settings: LongPPLConfig
 ) -> tuple[list[tuple[str, list[int]]], int]:
@@ -138,7 +137,7 @@ def long_enough(
     Raises:
         DataError: the context or every document ends before the first token that could be one.
     """
-    needed = settings.short_context + settings.block_tokens + 1
+    needed = least_tokens(settings)
     parts = f"short_context {settings.short_context} + block_tokens {settings.block_tokens}"
     if context_length < needed:
         raise DataError(

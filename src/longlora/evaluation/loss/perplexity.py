@@ -24,13 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from longlora.errors import DataError
 
 Protocol = Literal["press", "longlora", "truncate"]
-PROTOCOLS: dict[Protocol, str] = {
-    "press": "every token but a document's first scored once, windows advance by the stride (Press et al. 2021)",
-    "longlora": "mean over all positions of windows that advance by the stride, as the original LongLoRA code does; "
-    "every token is read context / stride times, with contexts from one token to a whole window",
-    "truncate": "first tokens of each document, one window",
-}
-"""What a row's ``protocol`` means, for reports."""
 
 LONGLORA_STRIDE = 256
 TAIL_TOKENS = 1024

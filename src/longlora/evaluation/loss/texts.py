@@ -48,6 +48,7 @@ def read_texts(
     max_documents: int | None = None,
     whole_streams: bool = False,
     report: ReadReport | None = None,
+    too_long: str = "eval.perplexity.context_lengths",
 ) -> list[NamedTokens]:
     """Documents of all `paths` that have at least `needed_tokens` tokens, in order; reads no more than it has to.
 
@@ -62,6 +63,7 @@ def read_texts(
         max_documents: stop after as many.
         whole_streams: do not cut ``.bin`` streams, for the protocol ``longlora``: the original code does not.
         report: names what was left out of what was read.
+        too_long: the key of the recipe to lower where no document is long enough.
 
     Raises:
         DataError: a path is missing, empty or holds no text; a stream does not fit the tokenizer; no document is long
@@ -70,16 +72,10 @@ def read_texts(
     if not paths:
         raise DataError("no file to read texts from: name some in eval.perplexity.texts")
     report = report or ReadReport()
-    sources = [
-        _stream_documents(Path(path).expanduser(), tokenizer, whole_streams, max_tokens)
-        if _is_stream(path)
-        else _tokenized(_documents(path, text_field, report), tokenizer, add_special_tokens)
-        for path in paths
-    ]
     found: list[NamedTokens] = []
     names: set[str] = set()
     longest = ("", 0)
-    for document in (document for source in sources for document in source):
+    for document in _read(paths, tokenizer, text_field, add_special_tokens, whole_streams, max_tokens, report):
         longest = max(longest, (document.name, len(document.tokens)), key=lambda pair: pair[1])
         if len(document.tokens) < needed_tokens:
             report.too_short.append(document.name)
@@ -91,9 +87,46 @@ def read_texts(
     if not found:
         raise DataError(
             f"no text has {needed_tokens} tokens, the longest ({longest[0]}) has {longest[1]}: "
-            "name longer ones in eval.perplexity.texts or lower eval.perplexity.context_lengths"
+            f"name longer ones in eval.perplexity.texts or lower {too_long}"
         )
     return found
+
+
+def longest_text(
+    paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int, *, text_field: str, add_special_tokens: bool
+) -> NamedTokens:
+    """The first text of at least `enough` tokens (at most so many of them are given), else the longest.
+
+    Raises:
+        DataError: as `read_texts`.
+    """
+    longest = NamedTokens("", [])
+    for document in _read(paths, tokenizer, text_field, add_special_tokens, False, enough, ReadReport()):
+        if len(document.tokens) > len(longest.tokens):
+            longest = NamedTokens(document.name, document.tokens[:enough])
+        if len(longest.tokens) == enough:
+            break
+    return longest
+
+
+def _read(
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str,
+    add_special_tokens: bool,
+    whole_streams: bool,
+    max_tokens: int | None,
+    report: ReadReport,
+) -> Iterator[NamedTokens]:
+    """Documents of all paths, which are checked before the first one is given; only those of streams are cut."""
+    sources = [
+        _stream_documents(Path(path).expanduser(), tokenizer, whole_streams, max_tokens)
+        if _is_stream(path)
+        else _tokenized(_documents(path, text_field, report), tokenizer, add_special_tokens)
+        for path in paths
+    ]
+    for source in sources:
+        yield from source
 
 
 def read_haystack(

@@ -62,12 +62,12 @@ def read(
     *,
     chunk_tokens: int,
     loss_chunk_tokens: int = 1024,
-    score: bool = True,
 ) -> Reading:
-    """Read `tokens` once with full attention, `chunk_tokens` at a time, and answer `questions`.
+    """Read `tokens` once with full attention, and answer `questions`.
 
     Args:
-        score: compute the losses; without, they are NaN and only questions are answered.
+        chunk_tokens: tokens of a forward pass at most.
+        loss_chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
         AssertionError: the model is in training mode or would use the sparse pattern; a question comes after the end.
@@ -85,8 +85,8 @@ def read(
     start = 0
     with mixed_precision(model):
         for stop in _stops(len(tokens), chunk_tokens, questions):
-            hidden_TC = read_on(model, ids_T[None, start:stop], cache)[0] if stop > start else None
-            if score and hidden_TC is not None:
+            if stop > start:
+                hidden_TC = read_on(model, ids_T[None, start:stop], cache)[0]
                 labels = ids_T[start + 1 : stop + 1]
                 if len(labels) < stop - start:  # the last token predicts nothing
                     labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)

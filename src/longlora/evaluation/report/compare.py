@@ -14,15 +14,9 @@ from typing import Any
 
 from longlora.artifacts import RunFolder
 from longlora.errors import RunFolderError
-from longlora.evaluation.report.records import (
-    LABELS,
-    VARIANTS,
-    Evaluation,
-    TrainingRow,
-    read_evaluations,
-    read_training,
-)
+from longlora.evaluation.report.records import LABELS, VARIANTS, Evaluation, read_evaluations
 from longlora.evaluation.report.tables import BEYOND, printable
+from longlora.evaluation.report.training_log import TrainingRow, read_training
 
 _NAME_LENGTH = 28
 
@@ -47,7 +41,8 @@ class Run:
     """One run folder: its models by variant, its context lengths in tokens, its training and its recipe.
 
     `missing` are variants that its settings ask for and that were not measured. `borrowed` are variants that another
-    folder of the comparison measured for the same model.
+    folder of the comparison measured for the same model, `doubled` those that another folder measured as well and whose
+    rows are shown. `left_out` says in words which rows of the folder are not shown, and why.
     """
 
     name: str
@@ -56,6 +51,8 @@ class Run:
     context_length: int
     missing: tuple[str, ...]
     borrowed: tuple[str, ...]
+    doubled: tuple[str, ...]
+    left_out: tuple[str, ...]
     training: tuple[TrainingRow, ...]
     recipe: str | None
 
@@ -103,12 +100,14 @@ def read_comparison(folders: Sequence[RunFolder]) -> Comparison:
     if not distinct:
         raise RunFolderError("no run folder to report on: name at least one")
     names = _names(distinct)
-    measured = [read_evaluations(folder) for folder in distinct]
+    read = [read_evaluations(folder) for folder in distinct]
+    measured = [item.evaluations for item in read]
     owners = _owners(names, measured)
     columns = _columns(names, owners)
     of_run = {(name, item.variant): item for item in columns for name in item.runs}
     runs = []
-    for name, folder, evaluations in zip(names, distinct, measured, strict=True):
+    for name, folder, item in zip(names, distinct, read, strict=True):
+        evaluations = item.evaluations
         first = next(iter(evaluations.values()))
         asked = [variant for variant in VARIANTS if any(variant in e.settings.variants for e in evaluations.values())]
         held = {variant: of_run[name, variant] for variant in VARIANTS if (name, variant) in of_run}
@@ -120,6 +119,8 @@ def read_comparison(folders: Sequence[RunFolder]) -> Comparison:
                 context_length=first.context_length,
                 missing=tuple(variant for variant in asked if variant not in held),
                 borrowed=tuple(variant for variant in held if variant not in evaluations),
+                doubled=tuple(variant for variant in evaluations if held[variant].runs[0] != name),
+                left_out=item.left_out,
                 training=tuple(read_training(folder)),
                 recipe=_recipe(folder),
             )
@@ -159,13 +160,16 @@ def _owners(names: Sequence[str], measured: Sequence[Mapping[str, Evaluation]]) 
             same = [item for item in owned if _identity(item.evaluation) == _identity(evaluation)]
             if evaluation.variant != "trained" and same:
                 same[0].runs.append(name)
+                if same[0].evaluation.benchmarks is None:
+                    same[0].evaluation = evaluation
             else:
                 owned.append(_Owned(evaluation, [name]))
     for name, evaluations in zip(names, measured, strict=True):
         for variant in ("base", "rope_only"):
-            any_one = evaluations.get("trained") or next(iter(evaluations.values()))
-            fitting = [item for item in owned if item.evaluation.variant == variant and _made_of(item, any_one)]
-            if variant not in evaluations and any_one.variant == "trained" and fitting:
+            if variant in evaluations or "trained" not in evaluations:
+                continue
+            fitting = [o for o in owned if o.evaluation.variant == variant and _made_of(o.evaluation, evaluations)]
+            if fitting:
                 fitting[0].runs.append(name)
     return owned
 
@@ -173,17 +177,20 @@ def _owners(names: Sequence[str], measured: Sequence[Mapping[str, Evaluation]]) 
 def _identity(item: Evaluation) -> tuple[str, frozenset[Any]]:
     """Equal for two measurements of the same weights with the same settings on the same texts."""
     settings = {name: value for name, value in item.settings.model_dump().items() if name != "variants"}
-    facts = [item.variant, item.model, item.dtype, item.tokenizer_hash, item.seed, item.bos, item.rope_parameters]
+    facts = [item.variant, item.model, item.weights, item.dtype, item.attention, item.tokenizer_hash, item.seed]
+    facts += [item.bos, item.rope_parameters]
     texts = [(row.document, row.context_length, row.tokens, row.stride, row.protocol) for row in item.perplexity]
     prompts = [(row.task, row.name, row.length, row.depth, row.trial, row.prompt_sha256) for row in item.retrieval]
     return json.dumps([*facts, settings], sort_keys=True), frozenset([*texts, *prompts])
 
 
-def _made_of(item: _Owned, trained: Evaluation) -> bool:
-    """Whether a base or RoPE-only model is what `trained` was made from."""
-    other = item.evaluation
-    same = other.model == trained.model and other.tokenizer_hash == trained.tokenizer_hash
-    same = same and other.original_context_length == trained.original_context_length and other.bos == trained.bos
+def _made_of(other: Evaluation, own: Mapping[str, Evaluation]) -> bool:
+    """Whether a base or RoPE-only model of another run is what the trained model of `own` was made from."""
+    trained = own["trained"]
+    facts = ("model", "tokenizer_hash", "original_context_length", "bos", "dtype")
+    same = all(getattr(other, name) == getattr(trained, name) for name in facts)
+    # Base and RoPE only have the same weights.
+    same = same and all(item.weights == other.weights for variant, item in own.items() if variant != "trained")
     return same and (other.variant == "base" or other.rope_parameters == trained.rope_parameters)
 
 

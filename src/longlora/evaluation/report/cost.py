@@ -13,17 +13,15 @@ from longlora.evaluation.report.records import CostRow
 from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table
 
 
-def cost_table(comparison: Comparison) -> Table | None:
-    """A row for each task, then all tasks, wall time and peak memory; None where no cost was recorded."""
+def cost_table(comparison: Comparison) -> Table:
+    """A row for each task whose cost was recorded, then all tasks, wall time and peak memory."""
     tasks = list(dict.fromkeys(row.task for column in comparison.columns for row in column.evaluation.cost))
-    if not tasks:
-        return None
     rows = [_row(comparison, task, [task]) for task in tasks]
     if len(tasks) > 1:
         rows.append(_row(comparison, "all tasks", tasks))
     evaluations = [column.evaluation for column in comparison.columns]
     walls = tuple(_time(item.seconds) for item in evaluations)
-    rows.append(Row("wall time", walls, key="seconds"))
+    rows.append(Row("wall time of the last call", walls, key="seconds"))
     peaks = tuple(_memory(item.peak_bytes) for item in evaluations)
     rows.append(Row("peak memory of the process or GPU", peaks, key="peak_bytes"))
     return Table(("task", *comparison.labels), tuple(rows), title="Cost")

@@ -5,16 +5,16 @@ In: `Comparison`. Out: SVG strings, or None where there are no rows to show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from longlora.evaluation.report import plots
 from longlora.evaluation.report.compare import Column, Comparison, Run
-from longlora.evaluation.report.records import PerplexityRow, PositionRow, RetrievalRow
-from longlora.evaluation.report.shared import lengths_of, shared_perplexity, shared_positions, shared_retrieval
-from longlora.evaluation.report.statistics import MeanInterval, mean_interval, token_weighted_mean
+from longlora.evaluation.report.records import PerplexityRow, PositionRow
+from longlora.evaluation.report.shared import groups_of, kinds_of, shared_perplexity, shared_positions, shared_retrieval
+from longlora.evaluation.report.statistics import MeanInterval, log_probability_interval, token_weighted_mean
 from longlora.evaluation.report.summary import bits_per_byte, loss_interval, perplexity, perplexity_lengths
 
 _SMOOTHED_FROM = 40  # logged steps
@@ -117,7 +117,7 @@ def _bits(rows: Sequence[PerplexityRow]) -> float:
     return token_weighted_mean([bits_per_byte(row) for row in rows], [row.text_bytes or 0 for row in rows])
 
 
-def _hollow(axes: Axes, column: Column, points: Mapping[int, float]) -> None:
+def _hollow(axes: Axes, column: Column, points: Mapping[float, float]) -> None:
     look = plots.Look.of(column)
     x, y = list(points), list(points.values())
     axes.plot(x, y, marker=look.marker, mec=look.colour, mfc=plots.PAPER, ls="", ms=5, zorder=3)
@@ -132,18 +132,27 @@ def _log_values(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def log_probability_by_length(comparison: Comparison, task: str) -> str | None:
-    """Mean log-probability of the right answer (nats) by prompt length (tokens), with 95 % t intervals."""
-    lengths = lengths_of(comparison.columns, task)
+def log_probability_by_length(comparison: Comparison, task: str, kind: str) -> str | None:
+    """Mean log-probability of the right answer (nats) by prompt length (tokens), with 95 % t intervals; hollow points
+    lie beyond what the RoPE covers."""
     points: dict[Column, dict[int, MeanInterval]] = {}
-    for length in lengths:
-        found = shared_retrieval(comparison.columns, task, _likely_at(length))
+    for prompts in groups_of(comparison.columns, task, kind):
+        found = shared_retrieval(
+            comparison.columns,
+            task,
+            lambda row, p=prompts: p.holds(row) and row.log_probability is not None,  # type: ignore[misc]
+        )
         for column, rows in found.rows.items():
-            points.setdefault(column, {})[length] = mean_interval([row.log_probability or 0.0 for row in rows])
+            points.setdefault(column, {})[prompts.high] = log_probability_interval(
+                [row.log_probability or 0.0 for row in rows]
+            )
+    lengths = sorted({length for values in points.values() for length in values})
     if not points:
         return None
     # Worse is lower here, so the axis is cut below.
-    narrow = plots.narrow_range([[_half(item) - item.mean for item in values.values()] for values in points.values()])
+    narrow = plots.narrow_range(
+        [[_reach(item)[0] - item.mean for item in values.values()] for values in points.values()]
+    )
     figure, panels = plots.panels(2 if narrow else 1, 1.9)
     gap = 0.012 * (lengths[-1] - lengths[0] or lengths[0])
     for axes in panels:
@@ -151,10 +160,13 @@ def log_probability_by_length(comparison: Comparison, task: str) -> str | None:
         for index, (column, values) in enumerate(points.items()):
             # Set apart sideways, or equal intervals would hide each other.
             places = [length + gap * (index - (len(points) - 1) / 2) for length in values]
-            means, halves = [item.mean for item in values.values()], [_half(item) for item in values.values()]
+            means = [item.mean for item in values.values()]
+            reach = list(zip(*map(_reach, values.values()), strict=True))
             plots.line(axes, places, means, column)
+            beyond = {at: mean for at, mean, length in zip(places, means, values, strict=True) if column.mark(length)}
+            _hollow(axes, column, beyond)
             colour = plots.Look.of(column).colour
-            axes.errorbar(places, means, yerr=halves, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
+            axes.errorbar(places, means, yerr=reach, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
         plots.x_ticks(axes, _apart(lengths))
     plots.mark_original(panels, points, at_top=False)
     if narrow:
@@ -163,17 +175,15 @@ def log_probability_by_length(comparison: Comparison, task: str) -> str | None:
     plots.x_label(panels[-1], "prompt length (tokens)")
     plots.legend(panels[0])
     spoken = {c.label: ", ".join(f"{i.mean:.2f} at {at}" for at, i in values.items()) for c, values in points.items()}
-    text = f"Plot: mean log-probability of the right answer in nats, {task}, by prompt length. {_spoken(spoken)}"
-    return plots.to_svg(figure, f"{task}-length", text)
+    asked, number = f"{task} {kind}".strip(), kinds_of(comparison.columns, task).index(kind)
+    text = f"Plot: mean log-probability of the right answer in nats, {asked}, by prompt length. {_spoken(spoken)}"
+    return plots.to_svg(figure, f"{task}-length{number}", text)
 
 
-def _likely_at(length: int) -> Callable[[RetrievalRow], bool]:
-    return lambda row: row.length == length and row.log_probability is not None
-
-
-def _half(interval: MeanInterval) -> float:
-    """Half the width of the interval; 0 for a single value."""
-    return 0.0 if interval.low is None else interval.mean - interval.low
+def _reach(interval: MeanInterval) -> tuple[float, float]:
+    """How far the interval goes below and above its mean; 0 for a single value."""
+    mean, low, high = interval
+    return (0.0, 0.0) if low is None or high is None else (mean - low, high - mean)
 
 
 def _apart(lengths: Sequence[int]) -> list[int]:

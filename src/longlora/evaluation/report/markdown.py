@@ -43,7 +43,8 @@ def _text(text: str) -> str:
 def _block(block: Block) -> str:
     match block:
         case Paragraph(text):
-            return _text(text)
+            # At the beginning of a line these make a heading, a list, or the address of a link.
+            return re.sub(r"^(\d*)([#+.)\[-])", r"\1\\\2", _text(text))
         case Heading(text):
             return f"### {_text(text)}"
         case Bullets(items):

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longlora.evaluation.report.compare import Comparison
-from longlora.evaluation.report.cost import duration
 from longlora.evaluation.report.records import Evaluation, PerplexityRow
 from longlora.evaluation.report.ruler_scores import thresholds
-from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table
+from longlora.evaluation.report.tables import Cell, Row, Table
 
-_BY_MODEL = ("RoPE parameters", "RoPE covers", "wall time", "peak memory")
+_BY_MODEL = ("RoPE parameters", "RoPE covers", "weights")
+_VARIANTS = {
+    "base": "base is the model as it came",
+    "rope_only": "RoPE only is the same weights with rescaled rotary position embeddings and no training",
+    "trained": "trained is after training",
+}
 _SCORING = {
     "press": "press: windows begin at the start of a document; each token is scored once, in the first window that "
     "holds it, and a last window that would be short is moved back to be full",
@@ -30,8 +34,7 @@ def how_measured(comparison: Comparison) -> tuple[str, ...]:
     bos = {item.bos for item in evaluations}
     seeds = ", ".join(map(str, sorted({item.seed for item in evaluations})))
     lines = [
-        "base is the model as it came; RoPE only is the same weights with rescaled rotary position embeddings and no "
-        "training; trained is after training.",
+        f"{'; '.join(text for variant, text in _VARIANTS.items() if variant in {e.variant for e in evaluations})}.",
         f"Attention during all measurements: {attention}.",
         "A BOS token stands in front where the model's tokenizer puts one there: "
         f"{'yes' if bos == {True} else 'no' if bos == {False} else 'for some of the models'}.",
@@ -116,9 +119,14 @@ def _ruler(comparison: Comparison) -> list[str]:
 
 
 def _harness(evaluations: Sequence[Evaluation]) -> list[str]:
-    if not any(item.harness for item in evaluations):
+    found = [item.benchmarks.settings for item in evaluations if item.benchmarks]
+    if not found:
         return []
-    return ["Standard benchmarks: lm-evaluation-harness on the same model object, with its own prompts and metrics."]
+    versions = ", ".join(sorted({settings.lm_eval for settings in found if settings.lm_eval}))
+    seeds = ", ".join(sorted({str(settings.seed) for settings in found if settings.seed is not None}))
+    named = f" {versions}" if versions else ""
+    seeded = f" Seed of its examples: {seeds}." if seeds else ""
+    return [f"Standard benchmarks: lm-evaluation-harness{named}, with its own prompts and metrics.{seeded}"]
 
 
 def environment_tables(comparison: Comparison) -> tuple[Table, ...]:
@@ -139,9 +147,9 @@ def environment_tables(comparison: Comparison) -> tuple[Table, ...]:
 def _facts(item: Evaluation) -> dict[str, str]:
     rope = sorted((item.rope_parameters or {}).items(), key=lambda pair: (pair[0] != "rope_type", pair[0]))
     versions = ", ".join(f"{name} {version}" for name, version in item.versions.items() if version)
-    memory = NOT_MEASURED.text if item.peak_bytes is None else f"{item.peak_bytes / 2**30:.2f} GiB"
     return {
         "model": item.model,
+        "weights": item.weights,
         "tokenizer hash": item.tokenizer_hash,
         "original context": f"{item.original_context_length} tokens",
         "new context": f"{item.context_length} tokens",
@@ -155,6 +163,4 @@ def _facts(item: Evaluation) -> dict[str, str]:
         "date": item.date,
         "seed": str(item.seed),
         "RoPE parameters": ", ".join(f"{name}: {value}" for name, value in rope) or "none",
-        "wall time": duration(item.seconds),
-        "peak memory": memory,
     }

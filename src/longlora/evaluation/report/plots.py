@@ -34,6 +34,7 @@ _DASHES = {"base": ":", "rope_only": "--", "trained": "-"}
 _FONTS = "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 _WIDTH = 4.8  # inches; 9 point text then stays legible from a phone to a desktop
 _LEGEND_LETTERS = 58  # that fit beside each other
+_LEGEND_LINE = 0.19  # inches
 MOST_MARKED = 40
 """Points up to which each has a marker."""
 
@@ -134,12 +135,15 @@ def x_ticks(axes: Axes, ticks: Sequence[int]) -> None:
 
 
 def legend(axes: Axes) -> None:
-    """Names of the curves above the axes, as many in a line as fit."""
+    """Names of the curves above the axes, as many in a line as fit; the figure grows by further lines."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
     longest = max(len(label) for label in labels) + 6
     columns = max(1, min(len(labels), 3, _LEGEND_LETTERS // longest))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (-(-len(labels) // columns) - 1))
     axes.legend(
         handles,
         labels,

@@ -1,18 +1,17 @@
 """What the measuring half wrote into a run folder, read back as validated, frozen rows.
 
-In: ``eval/VARIANT.json``, ``eval/VARIANT.harness.json`` and ``metrics.jsonl``. Out: `Evaluation` by variant,
-`TrainingRow` by step. `compare.py` puts the variants of several folders side by side.
+In: ``eval/VARIANT.json`` and ``eval/VARIANT.harness.json``. Out: `Measured`, with an `Evaluation` by variant.
+`compare.py` puts the variants of several folders side by side, `training_log.py` reads how they were trained.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from longlora.artifacts import RunFolder, read_json
 from longlora.errors import RunFolderError
@@ -23,6 +22,8 @@ VARIANTS = ("base", "rope_only", "trained")
 LABELS = {"base": "base", "rope_only": "RoPE only", "trained": "trained"}
 _AGAIN = "run `longlora eval` again"
 _HARNESS_AGAIN = "run `longlora eval harness` again"
+_SAME_MODEL = ("weights", "rope_parameters", "dtype")
+"""Facts in which standard benchmarks agree with the evaluation that they are shown with."""
 _Value = TypeVar("_Value")
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -108,6 +109,28 @@ class HarnessRow(_Record):
     higher_is_better: bool | None = None
 
 
+class _HarnessSettings(_Record):
+    max_length: int | None = None
+    """Tokens of prompt and answer at most."""
+    chat_template: bool = False
+    seed: int | None = None
+    lm_eval: str | None = None
+
+
+class Benchmarks(_Record):
+    """Standard benchmarks of one model, and how they were asked."""
+
+    weights: str
+    rope_parameters: dict[str, Any] | None = None
+    dtype: str
+    settings: _HarnessSettings = Field(default_factory=_HarnessSettings)
+    rows: list[HarnessRow] = Field(default_factory=list)
+
+    def of_same_model(self, item: Evaluation) -> bool:
+        """Whether this is the very model that `item` is the evaluation of."""
+        return all(getattr(self, name) == getattr(item, name) for name in _SAME_MODEL)
+
+
 class CostRow(_Record):
     """What one task cost: tokens that went through the model, and tokens taken over from a shared prefix."""
 
@@ -138,6 +161,8 @@ class Evaluation(_Record):
     schema_version: Literal[2] = Field(alias="schema")
     variant: Literal["base", "rope_only", "trained"]
     model: str
+    weights: str
+    """Fingerprint of the weights as measured."""
     tokenizer_hash: str
     original_context_length: int = Field(gt=0)
     context_length: int = Field(gt=0)
@@ -159,7 +184,8 @@ class Evaluation(_Record):
     positions: list[PositionRow] = Field(default_factory=list)
     longppl: list[LongPPLRow] = Field(default_factory=list)
     retrieval: list[RetrievalRow] = Field(default_factory=list)
-    harness: list[HarnessRow] = Field(default_factory=list)
+    benchmarks: Benchmarks | None = None
+    """From a file of their own: whatever stands here in ``VARIANT.json`` is not read."""
     cost: list[CostRow] = Field(default_factory=list)
 
     @field_validator("rope_parameters", "settings", mode="before")
@@ -173,51 +199,69 @@ class Evaluation(_Record):
         return [row for row in self.retrieval if row.task == task]
 
 
-class _HarnessFile(_Record):
-    harness: list[HarnessRow] = Field(validation_alias=AliasChoices("harness", "rows"))
-
-
 @dataclass(frozen=True)
-class TrainingRow:
-    """One logged training step; `tokens` and `seconds` count from the start of training where they are logged."""
+class Measured:
+    """What one run folder holds: every variant that was measured, in the order of `VARIANTS`.
 
-    step: int
-    loss: float
-    tokens: float | None = None
-    seconds: float | None = None
+    `left_out` says in words which rows are not among them, and why.
+    """
+
+    evaluations: dict[str, Evaluation]
+    left_out: tuple[str, ...]
 
 
-def read_evaluations(run: RunFolder) -> dict[str, Evaluation]:
-    """Every variant that was measured, in the order of `VARIANTS`, with its rows of standard benchmarks.
+def read_evaluations(run: RunFolder) -> Measured:
+    """Every variant that was measured, with its rows of standard benchmarks where they are of the same model.
 
     Raises:
         RunFolderError: no variant was measured, a file is damaged or of another schema, or the files belong to
-            different extensions.
+            different models or extensions.
     """
     found = {name: _read_evaluation(run, name) for name in VARIANTS if run.evaluation(name).exists()}
     if not found:
         raise RunFolderError(f"{run.root / 'eval'} holds no evaluation: run `longlora eval` first")
-    contexts = {(item.original_context_length, item.context_length) for item in found.values()}
-    if len(contexts) > 1:
-        shown = ", ".join(f"{old} -> {new}" for old, new in sorted(contexts))
-        raise RunFolderError(f"{run.root / 'eval'} mixes extensions ({shown}): {_AGAIN} for all variants")
-    return found
+    _require_one(run, "extensions", {f"{e.original_context_length} -> {e.context_length}" for e in found.values()})
+    _require_one(run, "models", {item.model for item in found.values()})
+    _require_one(run, "tokenizers", {item.tokenizer_hash[:12] for item in found.values()})
+    left_out = []
+    for variant in VARIANTS:
+        path = run.harness(variant)
+        if not path.exists():
+            continue
+        value = read_json(path, _HARNESS_AGAIN)
+        benchmarks = _validated(Benchmarks, value, path, _HARNESS_AGAIN)
+        label = LABELS[variant]
+        if variant not in found:
+            left_out.append(f"eval/{path.name} is left out: {label} has no eval/{variant}.json")
+        elif not benchmarks.of_same_model(found[variant]):
+            left_out.append(
+                f"eval/{path.name} is left out: it was measured on other weights, RoPE or dtype than "
+                f"eval/{variant}.json; {_HARNESS_AGAIN}"
+            )
+        else:
+            found[variant] = found[variant].model_copy(update={"benchmarks": benchmarks})
+            if empty := sum(row.value is None for row in benchmarks.rows):
+                left_out.append(f"Standard benchmarks of {label}: {empty} without a finite value are left out")
+    return Measured(found, tuple(left_out))
+
+
+def _require_one(run: RunFolder, what: str, found: set[str]) -> None:
+    if len(found) > 1:
+        shown = ", ".join(sorted(found))
+        raise RunFolderError(f"{run.root / 'eval'} mixes {what} ({shown}): {_AGAIN} for all variants")
 
 
 def _read_evaluation(run: RunFolder, variant: str) -> Evaluation:
     path = run.evaluation(variant)
     value = read_json(path, _AGAIN)
-    if isinstance(value, dict) and value.get("schema") != SCHEMA:
-        raise RunFolderError(f"{path} has schema {value.get('schema')!r}, this version reads {SCHEMA}: {_AGAIN}")
+    if isinstance(value, dict):
+        if value.get("schema") != SCHEMA:
+            raise RunFolderError(f"{path} has schema {value.get('schema')!r}, this version reads {SCHEMA}: {_AGAIN}")
+        value.pop("benchmarks", None)
     evaluation = _validated(Evaluation, value, path, _AGAIN)
     if evaluation.variant != variant:
         raise RunFolderError(f"{path} holds variant {evaluation.variant!r}: {_AGAIN}")
-    harness = run.harness(variant)
-    if not harness.exists():
-        return evaluation
-    value = read_json(harness, _HARNESS_AGAIN)
-    rows = _validated(_HarnessFile, {"harness": value} if isinstance(value, list) else value, harness, _HARNESS_AGAIN)
-    return evaluation.model_copy(update={"harness": [*evaluation.harness, *rows.harness]})
+    return evaluation
 
 
 def _validated(kind: type[_Model], value: Any, path: Path, remedy: str) -> _Model:
@@ -227,43 +271,3 @@ def _validated(kind: type[_Model], value: Any, path: Path, remedy: str) -> _Mode
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "top level"
         raise RunFolderError(f"{path} is damaged ({where}: {first['msg']}): {remedy}") from None
-
-
-def read_training(run: RunFolder) -> list[TrainingRow]:
-    """Logged steps with a finite loss in order of step; empty when ``metrics.jsonl`` is missing.
-
-    A step that was repeated after a resume counts once, with its last loss.
-
-    Raises:
-        RunFolderError: a line other than an unfinished last one is not a JSON object.
-    """
-    try:
-        lines = run.metrics.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{run.metrics} cannot be read ({error}): remove it or repeat the training") from None
-    rows: dict[int, TrainingRow] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # no newline after it: training was stopped while writing this line
-                continue
-            raise RunFolderError(f"{run.metrics} line {number} is not JSON: remove that line") from None
-        if not isinstance(values, dict):
-            raise RunFolderError(f"{run.metrics} line {number} is not a JSON object: remove that line")
-        step, loss = _finite(values.get("step")), _finite(values.get("loss"))
-        if step is not None and loss is not None:
-            rows[int(step)] = TrainingRow(
-                int(step), loss, _finite(values.get("tokens")), _finite(values.get("seconds"))
-            )
-    return [rows[step] for step in sorted(rows)]
-
-
-def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

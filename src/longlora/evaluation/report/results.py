@@ -14,7 +14,8 @@ from longlora.evaluation.report.page import Section
 from longlora.evaluation.report.summary import Summary
 
 RESULTS_SCHEMA = 1
-_ROWS = {"perplexity", "positions", "longppl", "retrieval", "harness", "cost", "schema_version"}
+_ROWS = ("perplexity", "positions", "longppl", "retrieval", "cost", "schema_version")
+_LEFT_OUT: dict[str, Any] = dict.fromkeys(_ROWS, True) | {"benchmarks": {"rows"}}
 
 
 def to_results(comparison: Comparison, summary: Summary, sections: Sequence[Section]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _model(column: Column, index: int, summary: Summary) -> dict[str, Any]:
     return {
         "label": column.label,
         "runs": list(column.runs),
-        **item.model_dump(exclude=_ROWS),
+        **item.model_dump(exclude=_LEFT_OUT),
         "protocols": [
             {"protocol": protocol, "context_length": length, "stride": stride} for protocol, length, stride in scorings
         ],

@@ -10,21 +10,23 @@ from dataclasses import replace
 
 from longlora.evaluation.report.compare import Column, Comparison
 from longlora.evaluation.report.records import RetrievalRow
-from longlora.evaluation.report.statistics import mean_interval
-from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table, share_cell
+from longlora.evaluation.report.shared import kind_of
+from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table, log_probability_cell, share_cell
 
 _MAX_DEPTHS = 8
 _QUARTERS = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")
 
 
-def retrieval_maps(comparison: Comparison, task: str) -> tuple[Table, ...]:
-    """A map for each model with answers of `task`: ``correct/prompts``, Wilson interval, mean log-probability (nats).
+def retrieval_maps(comparison: Comparison, task: str, kind: str) -> tuple[Table, ...]:
+    """A map for each model with answers of this kind of `task`.
 
+    A cell shows ``correct/prompts``, Wilson interval and mean log-probability (nats).
     Depths fall into quarters when there are many of them or not every depth was asked at every length, as with keys
     hidden in documents. The axes cover the rows of all models, so that maps can be compared.
     """
     rows = {
-        column: [r for r in column.evaluation.of_task(task) if r.depth is not None] for column in comparison.columns
+        column: [r for r in column.evaluation.of_task(task) if kind_of(r) == kind and r.depth is not None]
+        for column in comparison.columns
     }
     everything = [row for items in rows.values() for row in items]
     lengths = sorted({row.length for row in everything})
@@ -62,5 +64,4 @@ def _cell(rows: Sequence[RetrievalRow], mark: str) -> Cell:
     likely = [row.log_probability for row in rows if row.log_probability is not None]
     if len(likely) < len(rows):
         return replace(cell, shade=cell.value)
-    mean, low, high = mean_interval(likely)
-    return replace(cell, shade=cell.value, below=(Cell(f"{mean:.2f}", "", mean, low, high, len(likely)),))
+    return replace(cell, shade=cell.value, below=(replace(log_probability_cell(likely), detail=""),))

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from longlora.evaluation.report.benchmarks import benchmark_rows
 from longlora.evaluation.report.compare import Column, Comparison
 from longlora.evaluation.report.shared import shared_perplexity
-from longlora.evaluation.report.statistics import NORMAL_QUANTILE, normal_interval, paired_difference
-from longlora.evaluation.report.summary import harness_rows, loss_interval
-from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table, count_text, interval_cell, number
+from longlora.evaluation.report.statistics import NORMAL_QUANTILE, loss_difference, normal_interval
+from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table, count_text, interval_cell
 
 
 def short_context_table(comparison: Comparison) -> Table | None:
@@ -21,7 +21,7 @@ def short_context_table(comparison: Comparison) -> Table | None:
     changed = {column: base for column in comparison.columns if (base := comparison.base_of(column)) is not None}
     if not changed:
         return None
-    rows = _loss_rows(changed) + _harness_rows(comparison, changed)
+    rows = _loss_rows(changed) + _benchmark_rows(comparison, changed)
     columns = ("measure", *(column.label for column in changed))
     return Table(columns, tuple(rows), title="Difference to base") if rows else None
 
@@ -36,21 +36,17 @@ def _loss_rows(changed: Mapping[Column, Column]) -> list[Row]:
                 cells.append(NOT_MEASURED)
                 continue
             own, before = found[column], found[base]
-            documents = len(own)
-            difference = paired_difference([row.loss for row in own], [row.loss for row in before])
-            mean = loss_interval(own).mean - loss_interval(before).mean
-            over_documents = interval_cell(difference, len(own), 3, "+")
-            # The difference of the token-weighted means, as in the verdict; the interval is over documents.
-            cells.append(replace(over_documents, text=number(mean, 3, "+"), value=mean, mark=column.mark(length)))
+            documents = max(documents, len(own))
+            cells.append(interval_cell(loss_difference(own, before), len(own), 3, "+", column.mark(length)))
         if any(cell is not NOT_MEASURED for cell in cells):
             detail = count_text(documents, "document")
             rows.append(Row(f"loss at {length} tokens (nats/token)", tuple(cells), detail, "loss", f"loss/{length}"))
     return rows
 
 
-def _harness_rows(comparison: Comparison, changed: Mapping[Column, Column]) -> list[Row]:
+def _benchmark_rows(comparison: Comparison, changed: Mapping[Column, Column]) -> list[Row]:
     rows = []
-    for row in harness_rows(comparison):
+    for row in benchmark_rows(comparison):
         at = dict(zip(comparison.columns, row.cells, strict=True))
         cells = tuple(_difference(at[column], at[base]) for column, base in changed.items())
         if any(cell is not NOT_MEASURED for cell in cells):

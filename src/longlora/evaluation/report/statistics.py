@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 NORMAL_QUANTILE = 1.959963984540054  # 0.975 quantile of the normal distribution
 # 0.975 quantiles of Student's t for 1 to 10 degrees of freedom; the expansion below takes over from 11 on.
@@ -79,6 +79,16 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     return MeanInterval(mean, mean - half, mean + half)
 
 
+def log_probability_interval(values: Sequence[float]) -> MeanInterval:
+    """`mean_interval` of log-probabilities: their mean is never above 0, so neither is the interval.
+
+    Raises:
+        ValueError: `values` is empty.
+    """
+    mean, low, high = mean_interval(values)
+    return MeanInterval(mean, low, None if high is None else min(high, 0.0))
+
+
 def weighted_mean_interval(values: Sequence[float], weights: Sequence[int]) -> MeanInterval:
     """Mean of `values` weighted by `weights`, with its 95 % t interval over the items (linearised ratio estimator).
 
@@ -104,15 +114,28 @@ def normal_interval(mean: float, standard_error: float | None) -> MeanInterval:
     return MeanInterval(mean, mean - NORMAL_QUANTILE * standard_error, mean + NORMAL_QUANTILE * standard_error)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> MeanInterval:
-    """Mean of ``a[i] - b[i]`` with its 95 % t interval over the pairs.
+def paired_difference(a: Sequence[float], b: Sequence[float], weights: Sequence[int] | None = None) -> MeanInterval:
+    """Mean of ``a[i] - b[i]``, weighted by `weights` if there are any, with its 95 % t interval over the pairs.
 
     Raises:
         ValueError: the sequences are empty or differ in length.
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} values cannot be paired")
-    return mean_interval([x - y for x, y in zip(a, b, strict=True)])
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return mean_interval(differences) if weights is None else weighted_mean_interval(differences, weights)
+
+
+class _Scored(Protocol):
+    @property
+    def loss(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+def loss_difference(a: Sequence[_Scored], b: Sequence[_Scored]) -> MeanInterval:
+    """Token-weighted mean loss of `a` less that of `b` over the same tokens, with its t interval over documents."""
+    return paired_difference([row.loss for row in a], [row.loss for row in b], [row.tokens for row in a])
 
 
 def token_weighted_mean(losses: Sequence[float], tokens: Sequence[int]) -> float:

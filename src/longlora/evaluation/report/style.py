@@ -79,6 +79,7 @@ summary { padding: .5rem .85rem; cursor: pointer; overflow-wrap: anywhere; }
 details .scroll { margin: 0; padding: 0 .85rem .5rem; border-top: 1px solid var(--rule); }
 pre { margin: 0; padding: .85rem; overflow-x: auto; background: var(--tint); border-top: 1px solid var(--rule);
   font: .8125rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+@media (min-width: 34.01rem) { .stacked tbody th { min-width: 8rem; } }
 @media (max-width: 34rem) {
   body { padding: 1.25rem 1rem 3rem; }
   th, td { padding: .4rem .5rem; }

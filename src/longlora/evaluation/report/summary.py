@@ -8,22 +8,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from longlora.evaluation.report.benchmarks import benchmark_rows
 from longlora.evaluation.report.compare import Column, Comparison
-from longlora.evaluation.report.records import LABELS, HarnessRow, LongPPLRow, PerplexityRow, RetrievalRow
+from longlora.evaluation.report.notes import notes, titles
+from longlora.evaluation.report.records import LABELS, LongPPLRow, PerplexityRow, RetrievalRow
 from longlora.evaluation.report.ruler_scores import average, effective_cell, ruler_scores, thresholds
-from longlora.evaluation.report.shared import Shared, lengths_of, shared_longppl, shared_perplexity, shared_retrieval
-from longlora.evaluation.report.statistics import MeanInterval, normal_interval, weighted_mean_interval
+from longlora.evaluation.report.shared import (
+    Group,
+    Shared,
+    groups_of,
+    kinds_of,
+    lengths_of,
+    shared_longppl,
+    shared_perplexity,
+    shared_retrieval,
+)
+from longlora.evaluation.report.statistics import MeanInterval, weighted_mean_interval
 from longlora.evaluation.report.tables import (
-    BEYOND,
     NOT_MEASURED,
     Cell,
     Row,
     Table,
     count_text,
-    interval_cell,
-    mean_cell,
+    log_probability_cell,
     share_cell,
 )
 from longlora.evaluation.report.verdict import Verdict, judge
@@ -55,10 +63,11 @@ def summarize(comparison: Comparison) -> Summary:
     rows = [*losses, *per_byte] if comparison.one_tokenizer else [*per_byte, *losses]
     rows += _longppl_rows(comparison)
     for task in RETRIEVAL:
-        for length in lengths_of(columns, task):
-            rows += _retrieval_rows(comparison, task, length)
+        for kind in kinds_of(columns, task):
+            for group in groups_of(columns, task, kind):
+                rows += _retrieval_rows(comparison, task, group)
     rows += _ruler_rows(comparison)
-    rows += harness_rows(comparison)
+    rows += benchmark_rows(comparison)
     table = Table(("measure", *comparison.labels), tuple(rows), title="Results")
     several = len(comparison.runs) > 1
     missing = tuple(
@@ -67,41 +76,7 @@ def summarize(comparison: Comparison) -> Summary:
         for variant in run.missing
     )
     verdicts = tuple(verdict for run in comparison.runs for verdict in judge(run))
-    return Summary(*_titles(comparison), missing, _notes(comparison, table), table, verdicts)
-
-
-def _titles(comparison: Comparison) -> tuple[str, str]:
-    models = list(dict.fromkeys(_model_name(column) for column in comparison.columns))
-    if len(comparison.runs) > 1:
-        names = ", ".join(run.name for run in comparison.runs)
-        return " and ".join(models), f"{len(comparison.runs)} runs compared: {names}."
-    run = comparison.runs[0]
-    old, new = run.original_context_length, run.context_length
-    what = f"Context extended from {old} to {new} tokens" if new != old else f"Context of {old} tokens"
-    return " and ".join(models), f"{what}. Measured: {', '.join(comparison.labels)}."
-
-
-def _model_name(column: Column) -> str:
-    name = column.evaluation.model
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _notes(comparison: Comparison, table: Table) -> tuple[str, ...]:
-    notes = []
-    if not comparison.one_tokenizer:
-        notes.append(
-            "The models have different tokenizers: losses per token are not comparable between them, bits per byte "
-            "are. The same number of tokens is also not the same length of text."
-        )
-    if any(cell.mark == BEYOND for cell in table.cells()):
-        marked = [c for i, c in enumerate(comparison.columns) if any(row.cells[i].mark for row in table.rows)]
-        covered = "; ".join(f"{column.label}: {column.evaluation.covered_context_length} tokens" for column in marked)
-        notes.append(f"{BEYOND} Measured at a length beyond what the model's RoPE covers ({covered}).")
-    for run in comparison.runs:
-        if run.borrowed:
-            shown = " and ".join(run.columns[variant].label for variant in run.borrowed)
-            notes.append(f"{run.name} did not measure {shown}: that of another run with the same model stands for it.")
-    return tuple(notes)
+    return Summary(*titles(comparison), missing, notes(comparison, table), table, verdicts)
 
 
 def window_name(rows: Sequence[PerplexityRow], context_length: int) -> str:
@@ -180,6 +155,8 @@ def _bits_rows(comparison: Comparison) -> list[Row]:
         read = sum(row.text_bytes or 0 for row in found.first)
         detail = f"{count_text(len(found.first), 'document')}, {read} bytes scored"
         detail += "" if comparison.one_tokenizer else " (of the first model)"
+        if without := _without_bytes(comparison, length):
+            detail += f"; {count_text(without, 'document')} of unknown bytes"
         rows.append(Row(label, _cells(comparison, cells), detail, "bits", f"bits_per_byte/{length}"))
     return rows
 
@@ -207,9 +184,23 @@ def _longppl_rows(comparison: Comparison) -> list[Row]:
             value, low, high = (None if loss is None else perplexity(loss) for loss in interval)
             cells[column] = Cell(f"{value:.2f}", "", value, low, high, len(items), column.mark(length))
         detail = documents_text(found, sum(row.key_tokens for row in found.first), "are key tokens")
+        if without := _without_key_tokens(comparison, length):
+            detail += f"; {count_text(without, 'document')} without key tokens"
         label = f"LongPPL, {length} tokens (perplexity of key tokens)"
         rows.append(Row(label, _cells(comparison, cells), detail, "longppl", f"longppl/{length}"))
     return rows
+
+
+def _without_bytes(comparison: Comparison, length: int) -> int:
+    rows = (
+        row for column in comparison.columns for row in column.evaluation.perplexity if row.context_length == length
+    )
+    return len({row.document for row in rows if row.text_bytes is None})
+
+
+def _without_key_tokens(comparison: Comparison, length: int) -> int:
+    rows = (row for column in comparison.columns for row in column.evaluation.longppl if row.context_length == length)
+    return len({row.document for row in rows if not row.key_tokens})
 
 
 def perplexity(loss: float) -> float:
@@ -217,12 +208,15 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 200.0))
 
 
-def _retrieval_rows(comparison: Comparison, task: str, length: int) -> list[Row]:
-    found = shared_retrieval(comparison.columns, task, lambda row: row.length == length)
+def _retrieval_rows(comparison: Comparison, task: str, prompts: Group) -> list[Row]:
+    found = shared_retrieval(comparison.columns, task, prompts.holds)
     count = len(found.first)
     detail = count_text(count, RETRIEVAL[task]) if count else "no prompt was answered by all models"
     detail += _left_out(found.left_out) if count else ""
-    name, group, key = f"{task}, {length} tokens", f"{task} {length}", f"{task}/{length}"
+    of_kind = f" {prompts.kind}" if len(kinds_of(comparison.columns, task)) > 1 else ""
+    name, group = f"{task}{of_kind}, {prompts.tokens}", f"{task}{of_kind} {prompts.high}"
+    key = "/".join([task, *of_kind.split(), str(prompts.high)])
+    length = prompts.high
     correct = {
         c: share_cell(sum(row.correct for row in items), len(items), c.mark(length)) for c, items in found.rows.items()
     }
@@ -236,7 +230,7 @@ def _retrieval_rows(comparison: Comparison, task: str, length: int) -> list[Row]
 
 def _log_probability_cell(rows: Sequence[RetrievalRow], mark: str) -> Cell:
     values = [row.log_probability for row in rows if row.log_probability is not None]
-    return mean_cell(values, mark=mark) if len(values) == len(rows) else NOT_MEASURED
+    return log_probability_cell(values, mark) if len(values) == len(rows) else NOT_MEASURED
 
 
 def _ruler_rows(comparison: Comparison) -> list[Row]:
@@ -248,6 +242,8 @@ def _ruler_rows(comparison: Comparison) -> list[Row]:
         one = next(iter(at.values()), {})
         count = sum(score.n for score in one.values())
         detail = f"{count_text(len(one), 'task')}, {count_text(count, 'prompt')}" if one else "nothing in common"
+        left_out = shared_retrieval(comparison.columns, "ruler", lambda row, at=length: row.length == at).left_out  # type: ignore[misc]
+        detail += _left_out(left_out) if one else ""
         cells = {column: score.cell(column.mark(length)) for column, score in means.items()}
         label = f"RULER, {length} tokens: average (0 to 100)"
         rows.append(Row(label, _cells(comparison, cells), detail, "ruler", f"ruler/{length}/average"))
@@ -257,41 +253,3 @@ def _ruler_rows(comparison: Comparison) -> list[Row]:
         label = "RULER: effective length (tokens)"
         rows.append(Row(label, _cells(comparison, cells), detail, "ruler", "ruler/effective_length"))
     return rows
-
-
-def harness_rows(comparison: Comparison) -> list[Row]:
-    """One row for each number of a standard benchmark, with the models that have it."""
-    found = {
-        column: {_harness_name(row): row for row in column.evaluation.harness if row.value is not None}
-        for column in comparison.columns
-    }
-    rows = []
-    for name in dict.fromkeys(name for items in found.values() for name in items):
-        at = {column: items[name] for column, items in found.items() if name in items}
-        cells = {column: _harness_cell(row) for column, row in at.items()}
-        label, key = f"{name[0]}: {name[1]}", f"harness/{name[0]}/{name[1]}"
-        rows.append(Row(label, _cells(comparison, cells), _harness_text(list(at.values())), "harness", key))
-    return rows
-
-
-def _harness_name(row: HarnessRow) -> tuple[str, str, int | None, str | int | float | None, int | None]:
-    """Numbers compare only where the benchmark asked the same."""
-    return row.task, row.metric, row.num_fewshot, row.version, row.samples
-
-
-def _harness_text(rows: Sequence[HarnessRow]) -> str:
-    """What the models' rows of one number rest on."""
-    one = rows[0]
-    parts = [f"{one.num_fewshot}-shot"] if one.num_fewshot is not None else []
-    parts += [f"version {one.version}"] if one.version is not None else []
-    parts += [count_text(one.samples, "sample")] if one.samples else []
-    cut = max(rows, key=lambda row: row.truncated or 0)
-    if cut.truncated:
-        where = f" ({cut.truncation})" if cut.truncation else ""
-        parts.append(f"{count_text(cut.truncated, 'prompt')} cut{where}")
-    parts += ["lower is better"] if one.higher_is_better is False else []
-    return ", ".join(parts)
-
-
-def _harness_cell(row: HarnessRow) -> Cell:
-    return interval_cell(normal_interval(row.value or 0.0, row.stderr), row.samples, 3)

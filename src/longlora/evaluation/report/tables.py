@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longlora.evaluation.report.statistics import MeanInterval, mean_interval, wilson_interval
+from longlora.evaluation.report.statistics import MeanInterval, log_probability_interval, wilson_interval
 
 BEYOND = "\N{DAGGER}"
 """Mark of a number measured at a length that the model's RoPE does not cover."""
@@ -110,9 +110,9 @@ def share_cell(correct: int, trials: int, mark: str = "") -> Cell:
     return Cell(text, interval_text(low, high), correct / trials, low, high, trials, mark)
 
 
-def mean_cell(values: Sequence[float], digits: int = 2, mark: str = "") -> Cell:
-    """Mean of independent values with its t interval."""
-    return interval_cell(mean_interval(values), len(values), digits, mark=mark)
+def log_probability_cell(values: Sequence[float], mark: str = "") -> Cell:
+    """Mean log-probability in nats with its t interval."""
+    return interval_cell(log_probability_interval(values), len(values), mark=mark)
 
 
 def interval_cell(interval: MeanInterval, n: int | None, digits: int = 2, sign: str = "", mark: str = "") -> Cell:

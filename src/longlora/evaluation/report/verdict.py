@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from longlora.evaluation.report.compare import Column, Run
 from longlora.evaluation.report.records import Evaluation, PerplexityRow, RetrievalRow
 from longlora.evaluation.report.shared import Shared, shared, shared_perplexity, shared_retrieval
-from longlora.evaluation.report.statistics import MeanInterval, paired_difference, token_weighted_mean
+from longlora.evaluation.report.statistics import MeanInterval, loss_difference, paired_difference, token_weighted_mean
 from longlora.evaluation.report.tables import count_text, interval_text
 
 TAIL_LIMIT = 0.1
@@ -101,13 +101,12 @@ def _better_than_rope_only(columns: Mapping[str, Column], lengths: tuple[int, in
         if len(rows) < 2:
             return Verdict("not measured", claim, (f"needs RoPE only and trained at {length} tokens",))
         trained, before = rows["trained"], rows["rope_only"]
-        difference = _mean_loss(trained) - _mean_loss(before)
-        over_documents = paired_difference([row.loss for row in trained], [row.loss for row in before])
+        difference = loss_difference(trained, before)
         improved = sum(row.loss < other.loss for row, other in zip(trained, before, strict=True))
-        better.append(difference < 0 and improved > 1)
+        better.append(difference.mean < 0 and improved > 1)
         numbers.append(
             f"{length} tokens: trained {_mean_loss(trained):.3f}; RoPE only {_mean_loss(before):.3f}; difference "
-            f"{difference:+.3f}{_interval(over_documents, ' over documents', 3)}; "
+            f"{difference.mean:+.3f}{_interval(difference, ' over documents', 3)}; "
             f"{improved} of {count_text(len(trained), 'document')} lower"
         )
     return Verdict(_status(all(better)), claim, tuple(numbers))

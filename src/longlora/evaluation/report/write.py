@@ -36,9 +36,9 @@ from longlora.evaluation.report.render import to_html
 from longlora.evaluation.report.results import to_results
 from longlora.evaluation.report.retrieval_maps import retrieval_maps
 from longlora.evaluation.report.ruler_scores import effective_cell, ruler_scores, ruler_table
-from longlora.evaluation.report.shared import shared_positions
+from longlora.evaluation.report.shared import kind_of, kinds_of, shared_positions
 from longlora.evaluation.report.short_context import short_context_table
-from longlora.evaluation.report.summary import Summary, summarize
+from longlora.evaluation.report.summary import Summary, perplexity_lengths, summarize
 from longlora.evaluation.report.tables import BEYOND, count_text
 
 
@@ -103,11 +103,21 @@ def _positions(comparison: Comparison) -> tuple[Block, ...]:
     svg = curves.loss_by_position(comparison)
     if svg is None:
         return (Paragraph("Loss by position was not measured, or not on the same documents."),)
-    documents = len({row.document for row in shared_positions(comparison.columns).first})
+    found = shared_positions(comparison.columns)
+    documents = len({row.document for row in found.first})
     caption = (
         f"Mean loss over position, {count_text(documents, 'document')}, full window at the longest context. "
         "Each point is the mean of a range of positions, weighted by tokens."
     )
+    if found.left_out:
+        caption += f" Left out, because not measured for all models: {count_text(found.left_out, 'range')}."
+    end = max(row.stop for row in found.first)
+    beyond = [c for c in found.rows if c.mark(end)]
+    if beyond:
+        covered = "; ".join(f"{c.label} beyond {c.evaluation.covered_context_length}" for c in beyond)
+        caption += f" Not covered by the model's RoPE: {covered}."
+    if not comparison.one_tokenizer:
+        caption += " The curves of models with different tokenizers do not compare: neither losses nor positions do."
     return (Figures((svg,), caption),)
 
 
@@ -117,15 +127,30 @@ def _by_length(comparison: Comparison) -> tuple[Block, ...]:
         return (Paragraph("Fewer than two context lengths were measured for the same documents."),)
     measure = "Perplexity, on a logarithmic axis," if comparison.one_tokenizer else "Bits per byte"
     caption = f"{measure} by window size; the numbers are in the results above."
-    if any(c.mark(row.context_length) for c in comparison.columns for row in c.evaluation.perplexity):
-        caption += " Hollow points lie beyond what the model's RoPE covers."
-    return (Figures((svg,), caption),)
+    return (Figures((svg,), caption + _hollow(comparison, perplexity_lengths(comparison))),)
+
+
+def _hollow(comparison: Comparison, lengths: Sequence[int]) -> str:
+    if not any(column.mark(length) for column in comparison.columns for length in lengths):
+        return ""
+    return " Hollow points lie beyond what the model's RoPE covers."
 
 
 def _maps(comparison: Comparison, task: str, title: str) -> tuple[Block, ...]:
-    maps = retrieval_maps(comparison, task)
-    if not maps:
+    kinds = kinds_of(comparison.columns, task)
+    if not kinds:
         return (Paragraph(f"{title} was not measured."),)
+    blocks: list[Block] = []
+    for kind in kinds:
+        blocks += [Heading(kind)] if len(kinds) > 1 else []
+        blocks += _maps_of_kind(comparison, task, kind)
+    return tuple(blocks)
+
+
+def _maps_of_kind(comparison: Comparison, task: str, kind: str) -> list[Block]:
+    maps = retrieval_maps(comparison, task, kind)
+    if not maps:
+        return [Paragraph("No prompt has a depth, so there is no map.")]
     cells = [cell for table in maps for row in table.rows for cell in row.cells]
     caption = (
         "Right answers by prompt length (tokens, across) and depth (down): right/prompts, the 95 % Wilson interval of "
@@ -134,14 +159,17 @@ def _maps(comparison: Comparison, task: str, title: str) -> tuple[Block, ...]:
     caption += ", and the mean log-probability of the right answer (nats)" if any(c.below for c in cells) else ""
     caption += ". Colour is the share, from 0 (dark blue) to 1 (yellow). Each map shows all prompts of its model."
     caption += _hatched(any(cell.mark == BEYOND for cell in cells))
+    asked = [row for column in comparison.columns for row in column.evaluation.of_task(task) if kind_of(row) == kind]
+    if nowhere := sum(row.depth is None for row in asked):
+        caption += f" Left out: {count_text(nowhere, 'prompt')} without a depth."
     blocks: list[Block] = [Maps(maps, caption)]
-    svg = curves.log_probability_by_length(comparison, task)
+    svg = curves.log_probability_by_length(comparison, task, kind)
     if svg is not None:
         shown = (
             "Mean log-probability of the right answer over prompts that all models were asked, with 95 % t intervals."
         )
-        blocks.append(Figures((svg,), shown))
-    return tuple(blocks)
+        blocks.append(Figures((svg,), shown + _hollow(comparison, [int(length) for length in maps[0].columns[1:]])))
+    return blocks
 
 
 def _hatched(any_beyond: bool) -> str:
@@ -155,7 +183,7 @@ def _ruler(comparison: Comparison) -> tuple[Block, ...]:
     maps = tuple(ruler_table(column, by_length) for column, by_length in scores.items())
     effective = tuple(
         f"{column.label}: effective length {effective_cell(column, by_length)} tokens, at the threshold of "
-        f"{column.evaluation.settings.ruler.threshold:g}."
+        f"{column.evaluation.settings.ruler.threshold:g} over {count_text(max(map(len, by_length.values())), 'task')}."
         for column, by_length in scores.items()
     )
     marked = any(column.mark(length) for column, by_length in scores.items() for length in by_length)
@@ -214,14 +242,14 @@ def _training_text(run: Run) -> str:
 
 
 def _cost(comparison: Comparison) -> tuple[Block, ...]:
-    table = cost_table(comparison)
-    if table is None:
-        return (Paragraph("What the evaluation cost was not recorded."),)
     text = (
         "Seconds by task; tokens that went through the model, tokens taken over from a prefix that prompts share "
-        "instead of being read again, and their share of both."
+        "instead of being read again, and their share of both. Rows that an earlier call measured count in their task, "
+        "not in the wall time."
     )
-    return (Paragraph(text), table)
+    if any(column.evaluation.benchmarks for column in comparison.columns):
+        text += " Standard benchmarks are not in it."
+    return (Paragraph(text), cost_table(comparison))
 
 
 def _recipes(comparison: Comparison) -> tuple[Block, ...]:

@@ -237,7 +237,9 @@ def _fit(encode: Encode, build: Callable[[int], str], most: int, length: int, re
     size = most_that_fits(lambda size: len(encode(build(size))), room, enough=enough, guess=guess, most=most)
     if size < 0:
         alone = len(encode(build(0))) + reserved
-        raise DataError(f"needle length {length} is too short: the prompt alone has {alone} tokens, raise the length")
+        raise DataError(
+            f"needle length {length} is too short: the prompt alone has {alone} tokens, raise eval.needle.lengths"
+        )
     if size == most and len(encode(build(size))) < enough:
         longest = len(encode(build(size))) + reserved
         raise DataError(

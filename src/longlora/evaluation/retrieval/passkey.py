@@ -76,9 +76,7 @@ def filler_prompt(encode: Encode, before: Sequence[int], length: int, depth: flo
     task, first, again = _filler(encode)
     room = length - len(before) - len(task) - len(sentence) - len(question) - new_tokens
     if room < 0:
-        raise DataError(
-            f"passkey length {length} is too short: the prompt alone has {length - room} tokens, raise the length"
-        )
+        raise DataError(_too_short(length, length - room))
     filler = first + again * (room // len(again) + 1)
     at = round(depth * room)
     tokens = [*before, *task, *filler[:at], *sentence, *filler[at:room], *question]
@@ -119,7 +117,7 @@ def landmark_prompt(encode: Encode, before: Sequence[int], length: int, trial: i
             return Prompt((*before, *prompt), (key,), "first_integer", tuple(answer), new_tokens, facts)
         fitting = int(characters * length / tokens) // _CHARACTER_STEP * _CHARACTER_STEP
         characters = min(characters - _CHARACTER_STEP, fitting)
-    raise DataError(f"passkey length {length} is too short: the prompt alone has {tokens} tokens, raise the length")
+    raise DataError(_too_short(length, tokens))
 
 
 def hide_facts(
@@ -146,24 +144,33 @@ def hide_facts(
     asked = [split_answer(inside, _question(name), f" {key}") for _, name, key in planted]
     tokens: list[int] = []
     scored: list[bool] = []
+    places: list[int] = []
     used = 0
     for position, name, key in planted:
         sentence = inside(_sentence(name, key))
         text = document[used : used + max(0, position - len(tokens))]
         used += len(text)
+        places.append(len(tokens) + len(text))  # behind `position` where the number before ends behind it
         tokens += [*text, *sentence]
         scored += [True] * len(text) + [False] * len(sentence)
     if len(tokens) + max(len(question) + len(answer) for question, answer in asked) > shortest:
-        raise DataError(f"passkey length {shortest} is too short for {len(depths)} hidden numbers; raise it")
+        raise DataError(
+            f"passkey length {shortest} is too short for {len(depths)} hidden numbers: raise eval.passkey.lengths or "
+            "give fewer depths"
+        )
     text = document[used : used + len(document) - len(tokens)]
     tokens += text
     scored += [True] * len(text)
     questions, facts = [], []
     for length in lengths:
-        for (position, name, key), (question, answer) in zip(planted, asked, strict=True):
+        for (_, name, key), place, (question, answer) in zip(planted, places, asked, strict=True):
             questions.append(Question(length - len(question) - len(answer), tuple(question), tuple(answer)))
-            facts.append({**_facts(name, length, position / length, trial, seed), "key": key})
+            facts.append({**_facts(name, length, place / length, trial, seed), "key": key})
     return Hidden(tokens, scored, questions, facts)
+
+
+def _too_short(length: int, tokens: int) -> str:
+    return f"passkey length {length} is too short: the prompt alone has {tokens} tokens, raise eval.passkey.lengths"
 
 
 def _facts(name: str, length: int, depth: float, trial: int, seed: int) -> dict[str, object]:

@@ -106,7 +106,10 @@ def ruler_prompt(
     filled = largest(make, kind.least, length - kind.new_tokens - len(before))
     if filled is None:
         needed = len(make(kind.least).tokens) + kind.new_tokens + len(before)
-        raise DataError(f"ruler task {task} needs about {needed} tokens: length {length} is too short, raise it")
+        raise DataError(
+            f"ruler task {task} needs about {needed} tokens: length {length} is too short, raise eval.ruler.lengths or "
+            "leave the task out of eval.ruler.tasks"
+        )
     draft = filled.draft
     return Prompt(
         tokens=(*before, *filled.tokens),
