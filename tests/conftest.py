@@ -8,7 +8,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,15 @@ def tiny_llama() -> LlamaForCausalLM:
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied tiny Llama with a tokenizer, as a user would have it on disk."""
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tied", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: waiting for a second thread would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import attention_cases
 import pytest
-import torch
 import torch.nn.attention.flex_attention as torch_flex
 import torch.nn.attention.varlen as torch_varlen
 from torch import Tensor
 from transformers import modeling_flash_attention_utils
 
 from longlora.attention import flex
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: waiting for a second thread would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

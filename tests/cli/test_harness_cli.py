@@ -1,11 +1,9 @@
 """``longlora eval harness`` as a person meets it: a table, rows in a file, and one line for a mistake."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from click.testing import Result
 from transformers import AutoConfig
@@ -20,6 +18,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from longlora.evaluation.harness import tasks as harness_tasks  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = [
     {"goal": "to boil an egg", "sol1": "put it into hot water", "sol2": "put it into the freezer", "label": 0},
     {"goal": "to open a door", "sol1": "paint it", "sol2": "turn the handle", "label": 1},
@@ -30,15 +30,6 @@ ROWS = [
 def piqa_alone() -> TaskManager:
     root = Path(lm_eval.__file__).parent / "tasks"
     return TaskManager(include_defaults=False, include_path=[str(root / "piqa"), str(root / "arc")])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products on many threads of a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

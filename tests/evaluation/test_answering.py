@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -19,17 +19,10 @@ from longlora.evaluation.reading.cache import GrowingCache, GrowingLayer, read_o
 from longlora.evaluation.retrieval.prompt import Prompt, is_settled, score
 from longlora.model.head import output_head
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # GQA, windows of 8 tokens, learned positions, value heads of another size, layers that use keys of others, experts.
 MODELS = ("llama", "gemma3_text", "qwen2", "gpt2", "deepseek_v3", "gemma3n_text", "gpt_oss")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: waiting for a second thread would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -5,7 +5,7 @@ import json
 import math
 import socket
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from longlora.evaluation.harness import tasks as harness_tasks  # noqa: E402
 from longlora.evaluation.harness.model import cut  # noqa: E402
 from longlora.evaluation.harness.tasks import libraries, load_tasks  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = [
     {"goal": "to boil an egg", "sol1": "put it into hot water", "sol2": "put it into the freezer", "label": 0},
     {"goal": "to open a door", "sol1": "paint it", "sol2": "turn the handle", "label": 1},
@@ -40,15 +42,6 @@ def few_tasks() -> TaskManager:
     root = Path(lm_eval.__file__).parent / "tasks"
     folders = [str(root / name) for name in ("piqa", "arc", "hellaswag", "longbench")]
     return TaskManager(include_defaults=False, include_path=folders)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products on many threads of a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -58,6 +58,10 @@ class Material:
     prompts: list[Prompt]
     """Answered, in the order of `recipe.eval.tasks`."""
 
+    def asked(self) -> list[Prompt]:
+        """`prompts`, and the questions about numbers hidden in `documents`."""
+        return [*self.prompts, *(prompt for text in self.documents for prompt in text.prompts())]
+
 
 def build_material(
     recipe: Recipe,

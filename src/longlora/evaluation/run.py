@@ -67,7 +67,7 @@ def find_prompt(recipe: Recipe, sha256: str) -> str:
     contexts = contexts_of(recipe, load_config(recipe.model))
     run = RunFolder(recipe.run_path)
     material = _material(recipe, run, tokenizer, contexts, Console(quiet=True))
-    asked = [*material.prompts, *(prompt for text in material.documents for prompt in text.prompts())]
+    asked = material.asked()
     found = {prompt.sha256: prompt for prompt in asked if prompt.sha256.startswith(sha256.lower())}
     if len(found) != 1:
         raise DataError(
@@ -95,8 +95,7 @@ def _windows(recipe: Recipe, contexts: Contexts) -> list[int]:
 
 def _warn_beyond(recipe: Recipe, contexts: Contexts, material: Material, variant: str, console: Console) -> None:
     covered = contexts.covered(variant)
-    asked = [*material.prompts, *(prompt for text in material.documents for prompt in text.prompts())]
-    lengths = {int(prompt.facts["length"]) for prompt in asked}
+    lengths = {int(prompt.facts["length"]) for prompt in material.asked()}
     if "perplexity" in recipe.eval.tasks:
         lengths |= set(_windows(recipe, contexts))
     if "longppl" in recipe.eval.tasks:
