@@ -24,7 +24,7 @@ from longlora.errors import LongLoraError
 from longlora.model.attention import full_attention_steps
 from longlora.model.build import load_config, load_for_training, load_tokenizer, tokenizer_hash
 from longlora.model.merge import merge_adapter
-from longlora.training import trainer as trainer_module
+from longlora.training import loss_model
 from longlora.training.attention_schedule import moved_full_phase
 from longlora.training.trainer import train
 
@@ -385,14 +385,14 @@ def spoil_loss(
     monkeypatch: pytest.MonkeyPatch, micro_batch: int, spoil: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     """Put `spoil` on the loss of one micro batch, counted from 1 over the whole run."""
-    original = trainer_module.chunked_loss
+    original = loss_model.chunked_loss
     calls = itertools.count(1)
 
     def spoiled(*args: object) -> torch.Tensor:
         loss = original(*args)
         return spoil(loss) if next(calls) == micro_batch else loss
 
-    monkeypatch.setattr(trainer_module, "chunked_loss", spoiled)
+    monkeypatch.setattr(loss_model, "chunked_loss", spoiled)
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(

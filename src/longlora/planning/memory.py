@@ -14,9 +14,10 @@ from typing import get_args
 from transformers import PreTrainedConfig
 
 from longlora.config import Recipe
+from longlora.planning.ledger import Bytes, Phase
 from longlora.planning.machines import Machine
 from longlora.planning.outline import Outline, experts_of
-from longlora.planning.rehearsal import Bytes, Phase, Rehearsal, rehearse
+from longlora.planning.rehearsal import Rehearsal, rehearse
 
 _ADAM_STATES = 8  # two float32 numbers for each trained parameter
 _ADAM_8BIT_STATES = 2

@@ -12,17 +12,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from longlora.attention.lazy_mask import whole_rows
@@ -33,14 +30,8 @@ from longlora.model.adapters import cast_to_compute_dtype
 from longlora.model.attention import apply_attention
 from longlora.model.head import OutputHead, hidden_states
 from longlora.model.levers import apply_memory_levers
+from longlora.planning.ledger import Bytes, Kind, Ledger, Peaks, Phase
 from longlora.planning.outline import meta_model
-
-Kind = Literal["frozen", "copied", "trained", "gradients", "saved", "temporary"]
-"""What a storage is for: `copied` are the originals of embeddings and norms that PEFT keeps beside the trained ones,
-`saved` is what the forward pass leaves for the backward pass."""
-Phase = Literal["forward", "loss", "backward"]
-Bytes = dict[Kind, float]
-Peaks = dict[Phase, Bytes]
 
 _SMALL = 4
 """Models with no more layers are rehearsed whole."""
@@ -149,7 +140,7 @@ def layer_period(config: PreTrainedConfig, recipe: Recipe) -> int:
 
 
 def _rehearse(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
-    with _fake_model(config, recipe) as model, _Ledger() as ledger:
+    with _fake_model(config, recipe) as model, Ledger() as ledger:
         ledger.own(model, with_gradients=recipe.train.grad_accum_steps > 1)
         ids_BT = torch.zeros(recipe.train.micro_batch_size, recipe.context.context_length, dtype=torch.long)
         base = model.get_base_model()
@@ -231,77 +222,3 @@ def _use_attention(model: PeftModel, recipe: Recipe) -> None:
     some = [layer for layer in settings.full_attention_layers if layer < layers]
     here = settings.model_copy(update={"full_attention_layers": some, "backend": "grouped"})
     apply_attention(model, here, recipe.context.context_length)
-
-
-class _Entry:
-    """One storage: its bytes and what it is for."""
-
-    __slots__ = ("kind", "size")
-
-    def __init__(self, size: int, kind: Kind) -> None:
-        self.size, self.kind = size, kind
-
-
-class _Ledger(TorchDispatchMode):
-    """Counts the storages that are alive, by kind, and remembers the largest sum in each phase."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.phase: Phase = "forward"
-        self.peaks: Peaks = {}
-        self._live: Bytes = dict.fromkeys(get_args(Kind), 0.0)
-        self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
-
-    def own(self, model: PeftModel, *, with_gradients: bool) -> None:
-        """Enter the weights, and the gradients that an earlier micro batch left behind."""
-        for name, parameter in model.named_parameters():
-            kind: Kind = "copied" if ".original_module." in name else "frozen"
-            self._enter(parameter, "trained" if parameter.requires_grad else kind)
-            if parameter.requires_grad:
-                if with_gradients:
-                    parameter.grad = torch.empty_like(parameter)
-                    self._enter(parameter.grad, "gradients")
-                parameter.register_post_accumulate_grad_hook(self._gradient)
-        for buffer in model.buffers():
-            self._enter(buffer, "frozen")
-
-    def keep(self) -> None:
-        """Everything temporary that is still alive was saved for the backward pass."""
-        for entry in self._entries.values():
-            self._move(entry, "temporary", "saved")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default:  # most calls are this one
-            return made
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor, "temporary")
-        return made
-
-    def _gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        if entry := self._entries.get(parameter.grad.untyped_storage()):
-            self._move(entry, entry.kind, "gradients")
-
-    def _move(self, entry: _Entry, source: Kind, target: Kind) -> None:
-        if entry.kind == source:
-            self._live[source] -= entry.size
-            self._live[target] += entry.size
-            entry.kind = target
-
-    def _enter(self, tensor: Tensor, kind: Kind) -> None:
-        storage = tensor.untyped_storage()
-        if entry := self._entries.get(storage):
-            if kind != "temporary":
-                self._move(entry, "temporary", kind)
-            return
-        entry = _Entry(storage.nbytes(), kind)
-        self._entries[storage] = entry
-        self._live[kind] += entry.size
-        weakref.finalize(storage, self._leave, entry)
-        if sum(self._live.values()) > sum(self.peaks.get(self.phase, {}).values()):
-            self.peaks[self.phase] = dict(self._live)
-
-    def _leave(self, entry: _Entry) -> None:
-        self._live[entry.kind] -= entry.size

@@ -28,10 +28,8 @@ from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import TokenShard, open_shard
 from longlora.errors import ModelError, RunFolderError
 from longlora.memory.allocator import return_freed_memory_if_tight
-from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
 from longlora.model.build import device_for_run, load_config, load_for_training, load_tokenizer, tokenizer_hash
-from longlora.model.head import hidden_states, output_head
 from longlora.model.levers import OPTIMIZERS, apply_memory_levers, check_levers
 from longlora.model.rope import RopeChange, rescale_for
 from longlora.model.sidecar import Sidecar, write_sidecar
@@ -47,6 +45,7 @@ from longlora.training.checkpoint import (
     newest_checkpoint,
 )
 from longlora.training.interrupt import StopOnSignal
+from longlora.training.loss_model import LossModel
 from longlora.training.metrics import MetricsCallback
 
 
@@ -111,7 +110,7 @@ def _train(
     _announce(model, dataset, console)
     stop = StopOnSignal(console)
     trainer = LongContextTrainer(
-        model=_LossModel(model, recipe.train.loss_chunk_tokens),
+        model=LossModel(model, recipe.train.loss_chunk_tokens),
         args=_arguments(recipe, run.checkpoints, base.device),
         train_dataset=dataset,
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
@@ -245,35 +244,6 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         result = set_peft_model_state_dict(peft_model, weights)
         if result.unexpected_keys:
             raise RunFolderError(f"{resume_from_checkpoint} does not fit the recipe: {result.unexpected_keys[:3]}")
-
-
-class _LossModel(nn.Module):
-    """Token ids -> mean loss, through the decoder and the chunked loss: what Trainer (and DDP) sees as the model."""
-
-    # Read by Trainer: give us the number of labels in the whole step, so that every token weighs the same however the
-    # step is cut into micro batches.
-    accepts_loss_kwargs = True
-
-    def __init__(self, peft_model: PeftModel, chunk_tokens: int) -> None:
-        super().__init__()
-        self.peft_model = peft_model
-        self._chunk_tokens = chunk_tokens
-        # In a tuple, so that the head's parameters are not registered a second time.
-        self._head = (output_head(peft_model.get_base_model()),)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
-        hidden_BTC = hidden_states(self.peft_model.get_base_model(), input_ids, position_ids)
-        # The label of a position is the token after it; a document's first token has none (see data/packing.py).
-        labels_BT = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        total = chunked_loss(hidden_BTC.flatten(0, 1), labels_BT.flatten(), self._head[0], self._chunk_tokens)
-        count = num_items_in_batch if num_items_in_batch is not None else (labels_BT != IGNORE_INDEX).sum()
-        return {"loss": total / count}
 
 
 def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
