@@ -14,6 +14,7 @@ from longlora.config.evaluation import (
     RulerConfig,
     TopicsConfig,
 )
+from longlora.config.instruct import InstructConfig
 from longlora.config.recipe import Recipe, build_recipe, dump_recipe, load_recipe
 from longlora.config.sections import (
     CHANGEABLE_ON_RESUME,
@@ -32,6 +33,7 @@ __all__ = [
     "ContextConfig",
     "DataConfig",
     "EvalConfig",
+    "InstructConfig",
     "LongEvalConfig",
     "LongPPLConfig",
     "ModelConfig",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from longlora.config.instruct import InstructConfig
 from longlora.config.section import Section
 
 
@@ -32,7 +33,8 @@ class ContextConfig(Section):
     """The context to reach and how rotary position embeddings are rescaled to it."""
 
     context_length: int = Field(gt=0)
-    """Tokens the model shall handle afterwards; longer than the model's own context."""
+    """Tokens the model shall handle afterwards; longer than the model's own context. With ``data.kind: instruct`` also
+    tokens of the longest example: up to the model's own context RoPE is then left as it is."""
     rope_type: Literal["auto", "linear", "yarn", "theta"] = "auto"
     """``auto`` keeps the scaling that the model already has (llama3, yarn, linear) and otherwise uses yarn. ``linear``
     is position interpolation, the choice of the LongLoRA paper; ``theta`` enlarges the base of the frequencies."""
@@ -137,10 +139,14 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    """Texts to train on and to measure on."""
+    """Texts or instructions to train on and to measure on."""
 
+    kind: Literal["text", "instruct"] = "text"
+    """``text``: documents, every token of which is predicted. ``instruct``: questions and answers; only answers are
+    predicted."""
     train: list[str] = Field(default_factory=list)
-    """Files, folders, saved Hugging Face datasets or hub ids. Files: .txt, .md, .jsonl, .parquet."""
+    """Files, folders, saved Hugging Face datasets or hub ids. Files: .txt, .md, .jsonl, .parquet; of instructions
+    .json, .jsonl, .parquet."""
     heldout: list[str] = Field(default_factory=list)
     """Like `train`, never trained on; measured by `longlora eval`."""
     text_field: str = "text"
@@ -148,7 +154,19 @@ class DataConfig(Section):
     min_document_tokens: int = Field(default=0, ge=0)
     """Shorter documents are left out of both sets, and counted."""
     add_special_tokens: bool = True
-    """Put the tokenizer's BOS and/or an EOS at the document bounds, where it has them."""
+    """Put the tokenizer's BOS and/or an EOS at the document bounds, where it has them. Not read for instructions: their
+    template does it."""
+    instruct: InstructConfig = Field(default_factory=InstructConfig)
+
+    @model_validator(mode="after")
+    def _weights_belong_to_sources(self) -> DataConfig:
+        weights = self.instruct.weights
+        if weights and len(weights) != len(self.train):
+            raise ValueError(
+                f"instruct.weights has {len(weights)} numbers and train {len(self.train)} sources: give one number for "
+                "each source, or none"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -199,6 +217,11 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     save_total_limit: int = Field(default=2, gt=0)
     """Complete checkpoints kept."""
+    validation_steps: int | None = Field(default=None, gt=0)
+    """Steps between measurements of the loss on the held-out data, with full attention, beginning before the first
+    step; null means never."""
+    validation_rows: int = Field(default=8, gt=0)
+    """Packed rows of the held-out data that are measured each time: the first ones."""
 
     @model_validator(mode="after")
     def _checkpointing_is_on(self) -> TrainConfig:
@@ -221,5 +244,7 @@ CHANGEABLE_ON_RESUME = (
     "loss_chunk_tokens",
     "save_steps",
     "save_total_limit",
+    "validation_steps",
+    "validation_rows",
 )
 """Keys of `train` that a resumed run may change: its length, and what changes results by rounding at most."""

@@ -122,17 +122,24 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     A row in which every span has one token predicts nothing, and its mean loss would be 0/0: such rows are left out.
 
+    Of instructions only the tokens that the shard's mask names are predicted, and an example is never cut.
+
     Args:
         shard: the tokens.
         context_length: tokens in a full row.
         min_length: at least one span has to be longer, in tokens. Give the length the model already handles: rows that
             are merely full of shorter documents teach it no new position.
+        weigh_documents: add ``loss_weights``, float32 [T]: one over the number of predicted tokens of the document, so
+            that each document weighs 1.
 
     Raises:
-        DataError: no span is longer than `min_length`, or than 1 token.
+        DataError: no span is longer than `min_length`, or than 1 token, or an example is longer than `context_length`.
     """
 
-    def __init__(self, shard: TokenShard, context_length: int, min_length: int = 1) -> None:
+    def __init__(
+        self, shard: TokenShard, context_length: int, min_length: int = 1, *, weigh_documents: bool = False
+    ) -> None:
+        _require_whole_examples(shard, context_length)
         packed = pack(shard.lengths.tolist(), context_length)
         longest = max((span.length for row in packed for span in row.spans), default=0)
         limit = max(min_length, 1)
@@ -144,6 +151,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             )
         self.shard = shard
         self.context_length = context_length
+        self._weigh_documents = weigh_documents
         self.sequences = [row for row in packed if any(span.length > 1 for span in row.spans)]
 
     def __len__(self) -> int:
@@ -154,11 +162,32 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         pieces = [self.shard.document(span.document)[span.start : span.stop] for span in spans]
         input_ids = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
         position_ids = torch.cat([torch.arange(span.length) for span in spans])
-        return {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "labels": input_ids.masked_fill(position_ids == 0, IGNORE_INDEX),
-        }
+        labels = input_ids.masked_fill(position_ids == 0, IGNORE_INDEX)
+        if self.shard.mask is not None:
+            assert all(span.start == 0 for span in spans), "examples are never cut"
+            bounds = [self.shard.offsets[span.document : span.document + 2] for span in spans]
+            mask = np.concatenate([self.shard.mask[start:stop] for start, stop in bounds])
+            labels = labels.masked_fill(torch.from_numpy(mask) == 0, IGNORE_INDEX)
+        item = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        if self._weigh_documents:
+            item["loss_weights"] = _weights(labels, [span.length for span in spans])
+        return item
+
+
+def _weights(labels_T: Tensor, lengths: Sequence[int]) -> Tensor:
+    """One over the number of labels of each document, [T]; 0 where there is no label."""
+    counted = (labels_T != IGNORE_INDEX).float()
+    parts = [part / part.sum().clamp(min=1) for part in counted.split(list(lengths))]
+    return torch.cat(parts)
+
+
+def _require_whole_examples(shard: TokenShard, context_length: int) -> None:
+    if shard.mask is None or (longest := int(shard.lengths.max(initial=0))) <= context_length:
+        return
+    raise DataError(
+        f"{shard.folder} holds an example of {longest} tokens, context.context_length is {context_length}: examples "
+        "are shortened when they are prepared, run `longlora prepare` again"
+    )
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
@@ -175,7 +204,8 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
     one, and attention inside the bounds is causal, so no token of a document ever sees padding.
 
     Args:
-        rows: at least one; each with input_ids, position_ids and labels, int64 [T of the row].
+        rows: at least one; each with input_ids, position_ids and labels, int64 [T of the row], and all or none with
+            loss_weights, float32, which are 0 in padding.
         pad_token_id: any id of the vocabulary.
     """
     longest = max(row["input_ids"].shape[0] for row in rows)
@@ -188,5 +218,6 @@ def _pad(row: Mapping[str, Tensor], count: int, pad_token_id: int) -> dict[str, 
         "input_ids": torch.full((count,), pad_token_id),
         "position_ids": torch.arange(count),
         "labels": torch.full((count,), IGNORE_INDEX),
+        "loss_weights": torch.zeros(count),
     }
-    return {key: torch.cat([row[key], fill]) for key, fill in padding.items()}
+    return {key: torch.cat([tensor, padding[key]]) for key, tensor in row.items()}

@@ -1,12 +1,14 @@
 """Token shards: documents as one flat array of token ids on disk, with offsets and a verified manifest.
 
 A shard is a folder with ``tokens.bin`` (int32), ``offsets.bin`` (int64) and ``manifest.json``. Document i is
-``tokens[offsets[i]:offsets[i + 1]]``; both files are little-endian on every machine, and nothing is pickled.
+``tokens[offsets[i]:offsets[i + 1]]``; both files are little-endian on every machine, and nothing is pickled. A shard of
+instructions has ``mask.bin`` as well, one byte a token: 1 where the token is to be predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longlora.artifacts import OFFSETS, TOKENS, new_folder, verify_manifest, write_manifest
+from longlora.artifacts import LOSS_MASK, OFFSETS, TOKENS, new_folder, verify_manifest, write_manifest
 from longlora.data.documents import Document, ReadReport
 from longlora.errors import DataError, RunFolderError
 
@@ -25,6 +27,7 @@ SCHEMA = 1
 
 _TOKEN = np.dtype("<i4")
 _OFFSET = np.dtype("<i8")
+_FLAG = np.dtype("u1")
 _BATCH_CHARACTERS = 1_000_000
 _PREPARE_AGAIN = "run `longlora prepare` again"
 
@@ -40,6 +43,10 @@ class TokenShard:
     """[documents + 1], strictly increasing from 0 to the number of tokens."""
     names: tuple[str, ...]
     tokenizer_hash: str
+    mask: NDArray[np.uint8] | None = None
+    """[total tokens], read-only memory map, 1 where a token is to be predicted; None means all of them."""
+    chat_template: str | None = None
+    """The template that instructions were written with; None for texts."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,6 +61,12 @@ class TokenShard:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of a shard with {len(self)} documents")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def loss_mask(self, index: int) -> NDArray[np.uint8] | None:
+        """[tokens] of document `index`, 1 where a token is to be predicted, or None where all are; as `document`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of a shard with {len(self)} documents")
+        return None if self.mask is None else self.mask[self.offsets[index] : self.offsets[index + 1]]
 
     def occurring_tokens(self) -> NDArray[np.int64]:
         """Each token id that occurs, once, in ascending order."""
@@ -87,12 +100,55 @@ def write_shard(
         DataError: no document was left, or the disk refused.
         RunFolderError: `folder` exists and `replace` is false.
     """
+    rows = _long_enough(_token_rows(documents, tokenizer, add_special_tokens, report), min_document_tokens, report)
+    return write_rows(
+        folder,
+        (TokenRow(name, row) for name, row in rows),
+        tokenizer_hash=tokenizer_hash,
+        nothing_left=lambda: _nothing_left(folder, min_document_tokens, report),
+        facts=lambda: {
+            "too_short": named(report.too_short),
+            "empty": named(report.empty),
+            "undecodable": named(report.undecodable),
+        },
+        replace=replace,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """One document: its name, its tokens, and for instructions a flag a token, 1 where it is to be predicted."""
+
+    name: str
+    tokens: Sequence[int]
+    mask: Sequence[int] | None = None
+
+
+def write_rows(
+    folder: Path,
+    rows: Iterable[TokenRow],
+    *,
+    tokenizer_hash: str,
+    nothing_left: Callable[[], str],
+    facts: Callable[[], dict[str, Any]],
+    replace: bool = False,
+) -> TokenShard:
+    """Write `rows`, all of them with a mask or none, as a new shard; nothing is left unless all of it was written.
+
+    Args:
+        nothing_left: what to say if there is no row; asked after `rows` was read, like `facts`.
+        facts: for the manifest, for example what was left out.
+        replace: remove an existing shard, after the new one was written.
+
+    Raises:
+        DataError: there is no row, or the disk refused.
+        RunFolderError: `folder` exists and `replace` is false.
+    """
     try:
         with new_folder(folder, replace=replace) as temporary:
-            rows = _token_rows(documents, tokenizer, add_special_tokens, report)
-            names, offsets = _write_tokens(temporary / TOKENS, rows, min_document_tokens, report)
+            names, offsets = _write_tokens(temporary, rows)
             if not names:
-                raise DataError(_nothing_left(folder, min_document_tokens, report))
+                raise DataError(nothing_left())
             offsets.tofile(temporary / OFFSETS)
             write_manifest(
                 temporary,
@@ -102,9 +158,7 @@ def write_shard(
                 tokens=int(offsets[-1]),
                 longest_document=int(np.diff(offsets).max()),
                 names=names,
-                too_short=_named(report.too_short),
-                empty=_named(report.empty),
-                undecodable=_named(report.undecodable),
+                **facts(),
             )
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error}): free the disk or choose another run_dir") from error
@@ -139,7 +193,8 @@ def open_shard(folder: Path, tokenizer_hash: str | None) -> TokenShard:
         raise _damaged(folder, "its manifest has no list of document names")
     tokens, offsets = _map_files(folder, manifest["files"])
     _check_offsets(folder, offsets, len(names), len(tokens))
-    return TokenShard(folder, tokens, offsets, tuple(names), str(prepared_with))
+    mask = _map_mask(folder, manifest["files"], len(tokens))
+    return TokenShard(folder, tokens, offsets, tuple(names), str(prepared_with), mask, manifest.get("chat_template"))
 
 
 def _map_files(folder: Path, files: dict[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -148,6 +203,15 @@ def _map_files(folder: Path, files: dict[str, Any]) -> tuple[NDArray[np.int32], 
         if size == 0 or size % dtype.itemsize:
             raise _damaged(folder, f"{name} has {size} bytes, not a multiple of {dtype.itemsize} above 0")
     return np.memmap(folder / TOKENS, dtype=_TOKEN, mode="r"), np.fromfile(folder / OFFSETS, dtype=_OFFSET)
+
+
+def _map_mask(folder: Path, files: dict[str, Any], tokens: int) -> NDArray[np.uint8] | None:
+    if LOSS_MASK not in files:
+        return None
+    size = files[LOSS_MASK]["bytes"]
+    if size != tokens:
+        raise _damaged(folder, f"{LOSS_MASK} has {size} bytes for {tokens} tokens")
+    return np.memmap(folder / LOSS_MASK, dtype=_FLAG, mode="r")
 
 
 def _check_offsets(folder: Path, offsets: NDArray[np.int64], documents: int, tokens: int) -> None:
@@ -163,21 +227,31 @@ def _damaged(folder: Path, what: str) -> DataError:
     return DataError(f"{folder} is no usable token shard, {what}: {_PREPARE_AGAIN}")
 
 
-def _write_tokens(
-    path: Path, rows: Iterable[tuple[str, list[int]]], min_document_tokens: int, report: ReadReport
-) -> tuple[list[str], NDArray[np.int64]]:
-    """Write the token rows that are long enough one behind the other; their names and offsets."""
+def _write_tokens(folder: Path, rows: Iterable[TokenRow]) -> tuple[list[str], NDArray[np.int64]]:
+    """Write the tokens of all rows one behind the other, and their masks; their names and offsets."""
     names: list[str] = []
     offsets = [0]
-    with path.open("wb") as handle:
-        for name, row in rows:
-            if len(row) < min_document_tokens:
-                report.too_short.append(name)
-                continue
-            np.asarray(row, dtype=_TOKEN).tofile(handle)
-            names.append(name)
-            offsets.append(offsets[-1] + len(row))
+    with contextlib.ExitStack() as opened:
+        tokens = opened.enter_context((folder / TOKENS).open("wb"))
+        masks = None
+        for row in rows:
+            np.asarray(row.tokens, dtype=_TOKEN).tofile(tokens)
+            if row.mask is not None:
+                masks = masks or opened.enter_context((folder / LOSS_MASK).open("wb"))
+                np.asarray(row.mask, dtype=_FLAG).tofile(masks)
+            names.append(row.name)
+            offsets.append(offsets[-1] + len(row.tokens))
     return names, np.asarray(offsets, dtype=_OFFSET)
+
+
+def _long_enough(
+    rows: Iterable[tuple[str, list[int]]], min_document_tokens: int, report: ReadReport
+) -> Iterator[tuple[str, list[int]]]:
+    for name, row in rows:
+        if len(row) < min_document_tokens:
+            report.too_short.append(name)
+        else:
+            yield name, row
 
 
 def _token_rows(
@@ -224,7 +298,8 @@ def bound_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return before, after
 
 
-def _named(names: list[str]) -> dict[str, Any]:
+def named(names: list[str]) -> dict[str, Any]:
+    """Names for a manifest, with their number."""
     return {"count": len(names), "names": names}
 
 

@@ -21,7 +21,13 @@ Head = Callable[[Tensor], Tensor]
 _CACHED = 2**20
 
 
-def chunked_loss(hidden_TC: Tensor, labels_T: Tensor, head: nn.Module | Head, chunk_tokens: int) -> Tensor:
+def chunked_loss(
+    hidden_TC: Tensor,
+    labels_T: Tensor,
+    head: nn.Module | Head,
+    chunk_tokens: int,
+    weights_T: Tensor | None = None,
+) -> Tensor:
     """Sum of the cross-entropies of `labels_T`, float32, differentiable in the hidden states and the head.
 
     Args:
@@ -29,9 +35,10 @@ def chunked_loss(hidden_TC: Tensor, labels_T: Tensor, head: nn.Module | Head, ch
         labels_T: the token each position shall predict (already shifted), or `IGNORE_INDEX`.
         head: hidden [t, C] -> logits [t, V].
         chunk_tokens: how many tokens get logits at one time.
+        weights_T: what each cross-entropy is multiplied with, float32; None means 1.
     """
     parameters = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
-    return _ChunkedLoss.apply(hidden_TC, labels_T, head, chunk_tokens, *parameters)  # type: ignore[no-untyped-call]
+    return _ChunkedLoss.apply(hidden_TC, labels_T, head, chunk_tokens, weights_T, *parameters)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -47,7 +54,13 @@ def token_losses(hidden_TC: Tensor, labels_T: Tensor, head: nn.Module | Head, ch
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TC: Tensor, labels_T: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
+        ctx: Any,
+        hidden_TC: Tensor,
+        labels_T: Tensor,
+        head: Head,
+        chunk_tokens: int,
+        weights_T: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         total = hidden_TC.new_zeros((), dtype=torch.float32)
         hidden_grad_TC = torch.empty_like(hidden_TC) if ctx.needs_input_grad[0] else None
@@ -58,7 +71,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 hidden = hidden_TC[part].detach().requires_grad_(hidden_grad_TC is not None)
                 logits = head(hidden)
             logits_grad = logits.detach()
-            total += _cross_entropy_(logits_grad, labels_T[part])
+            total += _cross_entropy_(logits_grad, labels_T[part], None if weights_T is None else weights_T[part])
             wanted = ([hidden] if hidden_grad_TC is not None else []) + list(parameters)
             if not wanted:
                 continue
@@ -75,10 +88,10 @@ class _ChunkedLoss(torch.autograd.Function):
         (upstream,) = grad_outputs
         hidden_grad_TC, *parameter_grads = ctx.saved_tensors
         hidden = hidden_grad_TC * upstream if hidden_grad_TC is not None else None
-        return hidden, None, None, None, *(grad * upstream for grad in parameter_grads)
+        return hidden, None, None, None, None, *(grad * upstream for grad in parameter_grads)
 
 
-def _cross_entropy_(logits_tV: Tensor, labels_t: Tensor) -> Tensor:
+def _cross_entropy_(logits_tV: Tensor, labels_t: Tensor, weights_t: Tensor | None) -> Tensor:
     """Sum of the losses; `logits_tV` becomes its gradient with respect to the logits, softmax - one-hot.
 
     By hand because autograd's own chain (log-softmax, gather, scatter) reads and writes [t, V] floats twice as often.
@@ -87,12 +100,18 @@ def _cross_entropy_(logits_tV: Tensor, labels_t: Tensor) -> Tensor:
     total = logits_tV.new_zeros((), dtype=torch.float32)
     t, V = logits_tV.shape
     rows = t if logits_tV.is_cuda else max(1, _CACHED // V)
-    for block_tV, labels in zip(logits_tV.split(rows), labels_t.split(rows), strict=True):
+    for start in range(0, t, rows):
+        block_tV, labels = logits_tV[start : start + rows], labels_t[start : start + rows]
         counted = (labels != IGNORE_INDEX)[:, None]
         index = labels[:, None].where(counted, 0)
         log_p_tV = block_tV.log_softmax(-1, dtype=torch.float32)
-        total -= log_p_tV.gather(1, index).where(counted, 0.0).sum()
+        losses = log_p_tV.gather(1, index).where(counted, 0.0)
         gradient_tV = log_p_tV.exp_()
         gradient_tV.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+        if weights_t is not None:
+            weights = weights_t[start : start + rows, None]
+            losses = losses * weights
+            gradient_tV *= weights
+        total -= losses.sum()
         block_tV.copy_(gradient_tV.masked_fill_(~counted, 0.0))
     return total

@@ -84,6 +84,7 @@ def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
     with new_folder(output) as folder:
         merged.save_pretrained(folder)
         tokenizer.model_max_length = sidecar.context_length
+        tokenizer.chat_template = sidecar.chat_template or tokenizer.chat_template
         tokenizer.save_pretrained(folder)
         _round_weights(merged, torch.float32)
         rounded_logits = _logits(merged, probe)

@@ -91,11 +91,29 @@ def rescale_rope(
 
 
 def rescale_for(recipe: Recipe, config: PreTrainedConfig) -> tuple[PreTrainedConfig, RopeChange]:
-    """`rescale_rope` with the settings of a recipe."""
-    context = recipe.context
-    return rescale_rope(
-        config, context.context_length, context.rope_type, recipe.model.original_context_length, context.rope_factor
-    )
+    """`rescale_rope` with the settings of a recipe.
+
+    Instructions need no longer context than the model has: up to that RoPE is left as it is, and so is the context.
+    """
+    context, original = recipe.context, recipe.model.original_context_length
+    if recipe.data.kind == "instruct":
+        original = original or current_context(config)
+        if context.context_length <= original:
+            return _unchanged(recipe, config, original)
+    return rescale_rope(config, context.context_length, context.rope_type, original, context.rope_factor)
+
+
+def _unchanged(recipe: Recipe, config: PreTrainedConfig, original: int) -> tuple[PreTrainedConfig, RopeChange]:
+    if recipe.context.rope_factor is not None:
+        raise ModelError(
+            f"context.rope_factor={recipe.context.rope_factor}: context.context_length="
+            f"{recipe.context.context_length} is within the model's {original} tokens, so RoPE stays as it is; set "
+            "context.rope_factor=null"
+        )
+    same = copy.deepcopy(config)
+    same.max_position_embeddings = original
+    before = rope_parameters(config)
+    return same, RopeChange(original, original, before, before)
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:

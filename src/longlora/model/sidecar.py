@@ -35,11 +35,18 @@ class Sidecar:
     tokenizer_sha256: str
     base_fingerprint: str
     """`weights_fingerprint` of the base model."""
+    chat_template: str | None = None
+    """The template of the instructions it was trained on; None for texts, and the base model's own stays in use."""
     schema: int = field(default=_SCHEMA)
 
     @staticmethod
     def of(
-        recipe: Recipe, change: RopeChange, config: PreTrainedConfig, tokenizer_sha256: str, base_fingerprint: str
+        recipe: Recipe,
+        change: RopeChange,
+        config: PreTrainedConfig,
+        tokenizer_sha256: str,
+        base_fingerprint: str,
+        chat_template: str | None = None,
     ) -> Sidecar:
         """The sidecar of a run; a local base model is named by its absolute path."""
         local = Path(recipe.model.name_or_path)
@@ -53,6 +60,7 @@ class Sidecar:
             attention=recipe.attention.model_dump(),
             tokenizer_sha256=tokenizer_sha256,
             base_fingerprint=base_fingerprint,
+            chat_template=chat_template,
         )
 
     def apply(self, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -26,7 +26,7 @@ from longlora.attention.registry import use_full
 from longlora.config import Recipe, dump_recipe, load_recipe
 from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import TokenShard, open_shard
-from longlora.errors import ModelError, RunFolderError
+from longlora.errors import DataError, ModelError, RunFolderError
 from longlora.memory.allocator import return_freed_memory_if_tight
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype, trainable_names
 from longlora.model.build import device_for_run, load_config, load_for_training, load_tokenizer, tokenizer_hash
@@ -45,8 +45,9 @@ from longlora.training.checkpoint import (
     newest_checkpoint,
 )
 from longlora.training.interrupt import StopOnSignal
-from longlora.training.loss_model import LossModel
+from longlora.training.loss_model import LossModel, weight_of_batches
 from longlora.training.metrics import MetricsCallback
+from longlora.training.validation import validation
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
@@ -78,6 +79,10 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     use_full(model)
     with new_folder(run.adapter) as folder:
         save_adapter(model, folder)
+        if sidecar.chat_template is not None:
+            tokenizer = load_tokenizer(recipe.model)
+            tokenizer.chat_template = sidecar.chat_template
+            tokenizer.save_pretrained(folder)
         write_sidecar(folder, sidecar)
         write_manifest(folder, schema=1, step=recipe.train.steps)
     return run.adapter
@@ -97,7 +102,15 @@ def _train(
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256)
-    dataset = PackedDataset(shard, recipe.context.context_length, min_length=change.original_context_length)
+    instruct = recipe.data.kind == "instruct"
+    _require_kind(shard, recipe)
+    weigh = instruct and recipe.data.instruct.loss_weighting == "examples"
+    dataset = PackedDataset(
+        shard,
+        recipe.context.context_length,
+        min_length=1 if instruct else change.original_context_length,
+        weigh_documents=weigh,
+    )
     base, fingerprint = load_for_training(recipe.model, config, device)
     if not keeps_documents_apart(base):
         console.print(
@@ -105,16 +118,18 @@ def _train(
             "(docs/architectures.md): use documents as long as context.context_length",
             highlight=False,
         )
-    sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, fingerprint)
+    sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, fingerprint, shard.chat_template)
     model = _trainable(base, recipe, shard)
     _announce(model, dataset, console)
     stop = StopOnSignal(console)
+    loss_model = LossModel(model, recipe.train.loss_chunk_tokens)
+    validate = validation(recipe, loss_model, tokenizer_sha256, weigh_documents=weigh, console=console)
     trainer = LongContextTrainer(
-        model=LossModel(model, recipe.train.loss_chunk_tokens),
+        model=loss_model,
         args=_arguments(recipe, run.checkpoints, base.device),
         train_dataset=dataset,
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
-        callbacks=[metrics, AttentionSchedule(model, recipe, console), stop],
+        callbacks=[metrics, AttentionSchedule(model, recipe, console), *([validate] if validate else []), stop],
     )
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
@@ -129,6 +144,15 @@ def _train(
     finally:
         metrics.close()
     return model, sidecar
+
+
+def _require_kind(shard: TokenShard, recipe: Recipe) -> None:
+    found = "text" if shard.mask is None else "instruct"
+    if found != recipe.data.kind:
+        raise DataError(
+            f"{shard.folder} was prepared with data.kind={found}, the recipe says {recipe.data.kind}: run "
+            "`longlora prepare` again"
+        )
 
 
 def _settle(recipe: Recipe, config: PreTrainedConfig, console: Console) -> tuple[Recipe, Memory | None]:
@@ -206,6 +230,14 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
                 f"(now {self.args.learning_rate:g}) and resume; nothing was saved from this step"
             )
         return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # Where examples weigh the same, their weights take the place of the number of labels.
+        weight = weight_of_batches(batch_samples)
+        if weight is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weight = weight.to(device)
+        return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # Clipping comes right before the optimizer's step: the last moment at which the weights are still good.

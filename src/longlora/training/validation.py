@@ -1,0 +1,99 @@
+"""The loss on held-out rows while a run trains: full attention, no gradients, nothing about the run changes.
+
+In: packed rows and the model under training. Out: lines ``{"step", "validation_loss"}`` in ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora.artifacts import RunFolder
+from longlora.config import Recipe
+from longlora.data.packing import PackedDataset, collate
+from longlora.data.shards import open_shard
+from longlora.errors import DataError
+from longlora.training.loss_model import LossModel
+
+
+class Validation(TrainerCallback):  # type: ignore[misc]
+    """Measures before the first step, every `every` steps and after the last one, the first `rows` of `dataset`.
+
+    One row at a time, in evaluation mode, in which attention is full and documents are kept apart. No random number is
+    drawn that the run would draw, so that it goes on as if nothing had been measured.
+    """
+
+    def __init__(
+        self, model: LossModel, dataset: PackedDataset, rows: int, every: int, metrics: Path, console: Console
+    ) -> None:
+        self._model, self._dataset, self._every = model, dataset, every
+        self._rows = min(rows, len(dataset))
+        self._metrics, self._console = metrics, console
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._measure(0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Before the checkpoint of the same step, so that a run resumed from that has the row already.
+        if state.global_step % self._every == 0 or state.global_step >= state.max_steps:
+            self._measure(state.global_step)
+
+    def _measure(self, step: int) -> None:
+        loss = validation_loss(self._model, self._dataset, self._rows)
+        row = {"step": step, "validation_loss": loss if math.isfinite(loss) else None}
+        with self._metrics.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row, allow_nan=False) + "\n")
+        self._console.print(
+            f"step {step}: validation loss {loss:.4f} ({self._rows} held-out rows, full attention)", highlight=False
+        )
+
+
+def validation(
+    recipe: Recipe, model: LossModel, tokenizer_sha256: str, *, weigh_documents: bool, console: Console
+) -> Validation | None:
+    """The callback that `recipe` asks for, or None.
+
+    Raises:
+        DataError: there is no held-out data, or it is damaged.
+    """
+    every = recipe.train.validation_steps
+    if every is None:
+        return None
+    run = RunFolder(recipe.run_path)
+    if not run.heldout_shard.exists():
+        raise DataError(
+            f"train.validation_steps={every} measures held-out data, and there is none: name some in data.heldout and "
+            "run `longlora prepare`, or set train.validation_steps=null"
+        )
+    shard = open_shard(run.heldout_shard, tokenizer_sha256)
+    rows = PackedDataset(shard, recipe.context.context_length, weigh_documents=weigh_documents)
+    return Validation(model, rows, recipe.train.validation_rows, every, run.metrics, console)
+
+
+def validation_loss(model: LossModel, dataset: PackedDataset, rows: int) -> float:
+    """Mean loss, weighted as in training, over the first `rows` rows with full attention; `model` stays as it was."""
+    device = model.peft_model.device
+    pad = partial(collate, pad_token_id=0)
+    was_training = model.training
+    model.eval()
+    total = weight = 0.0
+    try:
+        # Evaluation draws no random numbers; a layer that does all the same must not change the run.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for index in range(rows):
+                batch = {key: value.to(device) for key, value in pad([dataset[index]]).items()}
+                summed, count = model.measure(**batch)
+                total, weight = total + summed, weight + count
+    finally:
+        model.train(was_training)
+    return total / weight
