@@ -14,7 +14,7 @@ import warnings
 
 import typer
 
-from longlora.cli import bench, check, measure, plan, prepare, quickstart, train
+from longlora.cli import bench, check, data, export, measure, plan, prepare, quickstart, train, use
 from longlora.errors import InterruptedRunError, LongLoraError
 from longlora.memory.allocator import keep_freed_memory, use_huge_pages
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _module in (quickstart, plan, prepare, train, measure, check, bench):
+for _module in (quickstart, plan, data, prepare, train, measure, use, export, check, bench):
     _module.add_to(app)
 
 

@@ -1,0 +1,232 @@
+"""A run as a folder that others can load: the merged model, its tokenizer, a model card, and GGUF on demand.
+
+In: a `RunFolder` after training. Out: a folder that was read back and agrees with what the run's sidecar says.
+Read `read_back.py` for what is compared, `card.py` for what the card tells.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+import longlora
+from longlora.artifacts import MANIFEST, RunFolder, new_folder, read_json, sha256_file, write_manifest
+from longlora.config import ModelConfig, Recipe
+from longlora.errors import ModelError, RunFolderError
+from longlora.model.build import load_config, load_tokenizer
+from longlora.model.card import CardFacts, ShardFacts, TrainingFacts, model_card
+from longlora.model.gguf_export import Converter, GgufFacts, write_gguf
+from longlora.model.merge import merge_adapter
+from longlora.model.read_back import ReadBack, read_back
+from longlora.model.serving import command_lines, modelfile
+from longlora.model.sidecar import Sidecar, read_sidecar
+
+CARD, MODELFILE, _CONFIG = "README.md", "Modelfile", "config.json"
+# What an ordinary model folder holds; anything else that lies in merged/ is left behind.
+_MODEL_FILES = (
+    _CONFIG,
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+# Names under which configs and tokenizers remember where they were read.
+_ORIGINS = ("_name_or_path", "_model_name_or_path", "name_or_path")
+_LICENCE = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: facts of the model and of the GGUF file as read back, and engine -> command line."""
+
+    folder: Path
+    model: ReadBack
+    gguf: GgufFacts | None
+    commands: Mapping[str, str]
+
+
+def export_run(
+    run: RunFolder,
+    recipe: Recipe,
+    output: Path,
+    *,
+    training: TrainingFacts | None = None,
+    evaluation: str | None = None,
+    legacy_rope: bool = True,
+    converter: Converter | None = None,
+) -> Exported:
+    """Write the merged model of `run` into `output`, a folder that must not exist, and read it back.
+
+    Args:
+        training: steps and cost for the card.
+        evaluation: Markdown for the card.
+        legacy_rope: also write RoPE under the names that readers before transformers 5 look for.
+        converter: makes a GGUF file in the same folder as well; none if None.
+
+    Raises:
+        ModelError: the model cannot be merged, or what was written is not what the run trained; nothing is kept.
+        RunFolderError: `output` exists, or the run has no adapter or a damaged merged/.
+    """
+    sidecar = read_sidecar(run.adapter)
+    name = output.resolve().name
+    with new_folder(output) as folder:
+        _take_model(run, folder)
+        _rewrite_configs(folder, legacy_rope=legacy_rope)
+        model = read_back(folder, sidecar)
+        tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder)))
+        gguf_name = f"{name}-{converter.kind}.gguf" if converter else None
+        here = command_lines(".", sidecar.context_length, name, gguf_name)
+        facts = _card_facts(run, recipe, sidecar, model, name, training, evaluation, here)
+        (folder / CARD).write_text(model_card(facts), encoding="utf-8")
+        gguf = None
+        if converter and gguf_name:
+            gguf = write_gguf(converter, folder, folder / gguf_name, name, sidecar, model)
+            text = modelfile(gguf_name, sidecar.context_length, tokenizer)
+            (folder / MODELFILE).write_text(text, encoding="utf-8")
+        _require_no_paths(folder, _private(run, sidecar))
+        write_manifest(folder, schema=1, longlora=longlora.__version__)
+    return Exported(output, model, gguf, command_lines(str(output), sidecar.context_length, name, gguf_name))
+
+
+def _take_model(run: RunFolder, folder: Path) -> None:
+    """The files of merged/, or of a merge made now."""
+    if run.merged.is_dir():
+        source = run.merged
+    else:
+        source = folder / "merging"
+        merge_adapter(run.adapter, source)
+    for pattern in _MODEL_FILES:
+        for path in sorted(source.glob(pattern)):
+            if source == run.merged:
+                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+            else:
+                moved = path.replace(folder / path.name)
+                moved.chmod(0o755 if moved.is_dir() else 0o644)
+    if source != run.merged:
+        shutil.rmtree(source)
+    if not (folder / _CONFIG).exists() or not list(folder.glob("*.safetensors")):
+        raise RunFolderError(f"{run.merged} holds no model: remove it and run `longlora merge` again")
+
+
+def _rewrite_configs(folder: Path, *, legacy_rope: bool) -> None:
+    """Take out where files were read, and put RoPE under its older names beside the new one."""
+    for path in folder.glob("*config.json"):
+        values = read_json(path, "remove merged/ and run `longlora merge` again")
+        if not isinstance(values, dict):
+            raise RunFolderError(
+                f"{path.name} of merged/ is no JSON object: remove merged/ and run `longlora merge` again"
+            )
+        values = {key: value for key, value in values.items() if key not in _ORIGINS}
+        if legacy_rope and path.name == _CONFIG:
+            values |= legacy_rope_keys(values)
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def legacy_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` for the ``rope_parameters`` of a config file.
+
+    Empty where a model has a set for each layer type: the older names hold one set only.
+    """
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        return {}
+    scaling = {key: value for key, value in parameters.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    keys: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
+    keys["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if "partial_rotary_factor" in parameters:
+        keys["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    return keys
+
+
+def _card_facts(
+    run: RunFolder,
+    recipe: Recipe,
+    sidecar: Sidecar,
+    model: ReadBack,
+    name: str,
+    training: TrainingFacts | None,
+    evaluation: str | None,
+    commands: Mapping[str, str],
+) -> CardFacts:
+    shards = {"training": run.train_shard, "held out": run.heldout_shard}
+    found = {label: _shard(path) for label, path in shards.items() if (path / MANIFEST).exists()}
+    return CardFacts(
+        name=name,
+        base_model=_shown(sidecar.base_model),
+        front=_front_matter(sidecar),
+        sidecar=sidecar,
+        recipe=recipe,
+        rope_before=_rope_before(sidecar),
+        tensors=model.tensors,
+        parameters=model.parameters,
+        shards=found,
+        training=training,
+        evaluation=evaluation,
+        commands=commands,
+        version=longlora.__version__,
+    )
+
+
+def _shown(model: str) -> str:
+    """A hub id as it is; of a local folder only its name."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _rope_before(sidecar: Sidecar) -> dict[str, Any] | None:
+    try:
+        config = load_config(ModelConfig(name_or_path=sidecar.base_model, revision=sidecar.base_revision))
+    except ModelError:  # the base model is not at hand any more; the export does not need it
+        return None
+    return getattr(config, "rope_parameters", None)
+
+
+def _front_matter(sidecar: Sidecar) -> dict[str, Any]:
+    """Licence and language of the base model's card, where it lies on this machine; nothing is downloaded."""
+    if Path(sidecar.base_model).is_absolute():
+        card: Any = Path(sidecar.base_model) / CARD
+    else:
+        card = try_to_load_from_cache(sidecar.base_model, CARD, revision=sidecar.base_revision)
+    try:
+        text = Path(card).read_text(encoding="utf-8") if isinstance(card, str | Path) else ""
+        values = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return {}
+    return {key: values[key] for key in _LICENCE if key in values} if isinstance(values, dict) else {}
+
+
+def _shard(path: Path) -> ShardFacts:
+    remedy = "run `longlora prepare` again"
+    values = read_json(path / MANIFEST, remedy)
+    try:
+        names = tuple(_shown(str(name)) for name in values.get("names", ()))
+        return ShardFacts(int(values["documents"]), int(values["tokens"]), names, sha256_file(path / MANIFEST))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{path / MANIFEST} is damaged ({error!r}): {remedy}") from None
+
+
+def _private(run: RunFolder, sidecar: Sidecar) -> list[str]:
+    """Beginnings of paths of this machine, which must not be in what is given away."""
+    base = [sidecar.base_model] if Path(sidecar.base_model).is_absolute() else []
+    return [*base, str(run.root.resolve()), f"{Path.home()}/"]
+
+
+def _require_no_paths(folder: Path, private: list[str]) -> None:
+    for path in (folder / CARD, folder / MODELFILE, *folder.glob("*config.json"), *folder.glob("*.jinja")):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for place in private:
+            if place in text:
+                raise ModelError(f"{path.name} would give away the path {place}: take it out of the run's files")
