@@ -28,9 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from longlora.attention.cached import cached_attention
 from longlora.evaluation.reading.answering import PromptReader, Work
-from longlora.evaluation.reading.cache import GrowingCache, read_on
 from longlora.evaluation.retrieval.prompt import Prompt
 from longlora.model.head import OutputHead, output_head
+from longlora.model.kv_cache import GrowingCache, read_on
 
 SHAPE = "SmolLM2-135M"
 TASK, FILLER, SENTENCE, QUESTION, ANSWER = 40, 24, 24, 10, 5  # tokens of the passkey prompt's parts

@@ -22,6 +22,7 @@ ROWS = ROOT / "benchmarks" / "results"
 PAGE, PICTURE = ROOT / "docs" / "results.md", ROOT / "docs" / "results" / "train_step.svg"
 
 EVALUATION = ROWS / "evaluation_smollm2-135m_16k.json"
+QUESTIONS = ROWS / "questions_smollm2-135m.json"
 
 Row = dict[str, str]
 VARIANTS = {
@@ -45,7 +46,9 @@ _EVAL_WAYS = {
     "two calls, no mask": "two kernel calls and no mask",
     "ours": "our cache, which is not copied for each token",
 }
-_MEASURES = ("loss", "tail_loss", "bits_per_byte", "longppl", "passkey", "needle", "lines", "topics", "ruler")
+_MEASURES = (
+    *("loss", "tail_loss", "bits_per_byte", "longppl", "passkey", "needle", "lines", "topics", "ruler", "questions"),
+)
 _WAYS = ("full", "Algorithm 1", "ours, 0 sinks", "ours, 4 sinks", "floor")
 
 
@@ -144,9 +147,15 @@ def eval_cost(rows: list[Row]) -> str:
 
 def results_cell(key: str, cell: dict[str, Any]) -> str:
     """The number, with its interval where one is shown in the report."""
-    if cell["low"] is None or not key.endswith(("correct", "log_probability", "average")):
+    if not key.endswith(("correct", "log_probability", "average", "exact_match", "f1")):
         return str(cell["text"])
-    digits = 0 if key.endswith("average") else 2
+    return with_interval(cell, 0 if key.endswith("average") else 2)
+
+
+def with_interval(cell: dict[str, Any], digits: int = 2) -> str:
+    """The number with its interval, where it has one."""
+    if cell["low"] is None:
+        return str(cell["text"])
     return f"{cell['text']} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
 
 
@@ -210,6 +219,35 @@ def evaluation() -> list[str]:
     ]
 
 
+def section_table(found: dict[str, Any]) -> str:
+    """A table of a report's results.json, as it stands there."""
+    lines = [[row["label"], *(with_interval(cell) for cell in row["cells"])] for row in found["rows"]]
+    return table(found["columns"], lines)
+
+
+def instructions() -> list[str]:
+    """The section on tuning with long instructions."""
+    parts = ["## Long instructions"]
+    if not QUESTIONS.exists():
+        return [*parts, f"Not measured: there is no `benchmarks/results/{QUESTIONS.name}` from `longlora report`."]
+    results = json.loads(QUESTIONS.read_text(encoding="utf-8"))
+    tables = {found["title"]: found for found in results["tables"] if found["section"] == "Questions about documents"}
+    verdicts = [verdict for run in results["runs"] for verdict in run["verdicts"] if "Questions" in verdict["claim"]]
+    return [
+        *parts,
+        f"Questions about held-out documents, before and after tuning; what was run: [log.md](log.md). "
+        f"{results_origin(results)}.",
+        model_results(results),
+        *(f"{verdict['status']}: {verdict['claim']}." for verdict in verdicts),
+        "Paired difference to base, 95 % interval over questions:",
+        section_table(tables["Difference to base"]),
+        "By task:",
+        section_table(tables["By task"]),
+        "By document:",
+        section_table(tables["By document"]),
+    ]
+
+
 def draw(rows: list[Row]) -> str:
     """Time and memory against context, as SVG."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -265,6 +303,7 @@ def page() -> str:
             plan(planned),
         ]
     parts += evaluation()
+    parts += instructions()
     return "\n\n".join(parts) + "\n"
 
 

@@ -121,6 +121,8 @@ if kind in ("linear", "yarn"):
     writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
     writer.add_rope_scaling_factor(planted.get("factor", rope.get("factor", 1.0)))
     writer.add_rope_scaling_orig_ctx_len(planted.get("original", rope.get("original_max_position_embeddings", 1)))
+if "beta_fast" in planted:
+    writer.add_rope_scaling_yarn_beta_fast(planted["beta_fast"])
 size = planted.get("vocabulary", config["vocab_size"])
 writer.add_tokenizer_model("gpt2")
 writer.add_token_list([str(number) for number in range(size)])

@@ -11,11 +11,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longlora.artifacts import write_manifest
 from longlora.config import AdapterConfig, AttentionConfig, ModelConfig
-from longlora.model.adapters import add_adapter
+from longlora.model.adapters import add_adapter, save_adapter
 from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
 from longlora.model.rope import rescale_rope
 from longlora.model.sidecar import Sidecar, write_sidecar
-from longlora.training.trainer import save_adapter
 
 WINDOW = 1024
 TEMPLATE = (

@@ -18,7 +18,13 @@ LAYERS = [
     {"config", "artifacts"},
     {"errors", "hints", "duration"},
 ]
-FORBIDDEN = [("data", "model"), ("evaluation", "training"), ("training", "evaluation"), ("planning", "training")]
+FORBIDDEN = [
+    ("data", "model"),
+    ("evaluation", "training"),
+    ("training", "evaluation"),
+    ("planning", "training"),
+    ("inference", "evaluation"),
+]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(SOURCE.rglob("*.py"))
 

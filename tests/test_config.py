@@ -74,6 +74,24 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
         ),
         ({}, ["eval.perplexity.context_lengths=[1]"], "context_lengths.0 = 1"),
         ({}, ["eval.passkey.depths=[1.5]"], "depths.0 = 1.5"),
+        (
+            {},
+            ["adapter.method=full", "adapter.embedding_rows=occurring"],
+            "adapter: method=full trains every parameter and has no adapter, so that embedding_rows=occurring would "
+            "not be read: leave it out (on the command line adapter={method: full} does) or set method=lora",
+        ),
+        (
+            {},
+            ["adapter.method=full", "adapter.r=16", "adapter.target_modules=[q_proj]", "adapter.train_norms=false"],
+            "so that r=16, target_modules=['q_proj'], train_norms=False would not be read: leave them out",
+        ),
+        (
+            {},
+            ["adapter.method=full", "model.quantization=nf4"],
+            "recipe: model.quantization=nf4 keeps weights in 4 bits, which cannot be trained, and adapter.method=full "
+            "trains them all: set adapter.method=lora (QLoRA) or model.quantization=none",
+        ),
+        ({}, ["adapter.method=qlora"], "'qlora': Input should be 'lora' or 'full'; did you mean lora?"),
         ({"context": {}}, [], "context.context_length is missing"),
         (
             {"eval": {"passkey": {"depth": [1]}}},
@@ -87,6 +105,14 @@ def test_mistakes_are_named_with_a_remedy(values: dict[str, object], overrides: 
         build_recipe(minimal(**values), overrides)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_full_fine_tuning_replaces_the_adapter_section_of_a_recipe() -> None:
+    lora = build_recipe(minimal(adapter={"r": 16, "train_embeddings": False}))
+    full = build_recipe(lora.model_dump(), ["adapter={method: full}"])
+    assert (full.adapter.method, full.adapter.r, full.adapter.train_embeddings) == ("full", 8, True)
+    assert lora.adapter.method == "lora"
+    assert build_recipe(full.model_dump()) == full
 
 
 def test_the_smallest_ratio_that_is_named_is_enough() -> None:

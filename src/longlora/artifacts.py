@@ -7,7 +7,8 @@ A run folder holds, in the order in which a run makes it::
     metrics.jsonl                    one row per logged step
     checkpoints/checkpoint-N/        trainer state; complete once manifest.json is there
     adapter/                         LoRA + embeddings + norms, and longlora.json (RoPE, S2-Attn, base model)
-    merged/                          an ordinary Hugging Face model
+    merged/                          an ordinary Hugging Face model; after full fine-tuning training writes it itself,
+                                     with longlora.json and manifest.json, and there is no adapter/
     eval/VARIANT.json                rows measured for base, rope_only and trained
     eval/VARIANT.samples.jsonl       the same, a line each as soon as it is measured
     eval/VARIANT.harness.json        rows of standard benchmarks
@@ -69,6 +70,11 @@ class RunFolder:
     @property
     def merged(self) -> Path:
         return self.root / "merged"
+
+    @property
+    def trained(self) -> Path:
+        """What training wrote, with a sidecar in it: adapter/, or merged/ after full fine-tuning."""
+        return self.merged if (self.merged / SIDECAR).exists() else self.adapter
 
     @property
     def report_html(self) -> Path:

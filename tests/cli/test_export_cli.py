@@ -44,7 +44,7 @@ def test_a_run_becomes_a_folder_that_is_ready_to_serve(
     assert lines[1].startswith("GGUF: Tiny 256-bf16.gguf, read back: 256 tokens, RoPE yarn x5, base 10000; 20 tensors")
     assert lines[2:] == [
         "vLLM: vllm serve 'given/Tiny 256' --max-model-len 256",
-        "llama.cpp: llama-server -m 'given/Tiny 256/Tiny 256-bf16.gguf' -c 256",
+        "llama.cpp: llama-server -m 'given/Tiny 256/Tiny 256-bf16.gguf' -c 256 -np 1",
         "Ollama: ollama create tiny-256 -f 'given/Tiny 256/Modelfile' && ollama run tiny-256",
     ]
     folder = tmp_path / "given" / "Tiny 256"
@@ -56,7 +56,19 @@ def test_a_run_becomes_a_folder_that_is_ready_to_serve(
     assert "| passkey, 200 tokens: correct" in card
     assert "| steps | 7 |" in card
     assert "3.900 to 3.300" in card
+    assert "| time | 14 s" in card
     assert str(tmp_path) not in card
+
+
+def test_the_time_of_a_resumed_run_counts_every_process(run: RunFolder) -> None:
+    rows = run.metrics.read_text().splitlines()
+    later = [
+        row.replace('"seconds": 10.0', '"seconds": 3.0').replace('"seconds": 12.0', '"seconds": 5.0') for row in rows
+    ]
+    run.metrics.write_text("\n".join(later[:6]) + "\n")
+    training = export._training(run)
+    assert training is not None
+    assert training.seconds == 8.0 + 5.0
 
 
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -75,6 +87,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         ),
         (("run", "--output", "out", "--gguf", "--llama-cpp", "wrong"), "RoPE factor 2.0, should be 5.0"),
         (("nowhere", "--output", "out"), "nowhere"),
+        (("run", "--output", "run/merged"), "is where the run keeps merged/"),
     ):
         done = longlora("export", *arguments)
         assert done.returncode == 2, done

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from command_line import Result
-from inference_cases import save_askable, save_askable_adapter
+from inference_cases import WINDOW, save_askable, save_askable_adapter
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,13 @@ def test_ask_prints_the_answer_and_its_numbers_apart(
             ("long.txt", "Why?"),
             "document 2,000 + question 4 + template 21 + answer 512 = 2,537 tokens, the model's window",
         ),
+        (("none.txt", "Why? " * 1000), "none.txt does not exist"),  # a question longer than any file's name
         (("a.txt", "Why?", "--temperature", "-1"), "temperature -1 is below 0"),
         (("a.txt", "Why?", "--max-new-tokens", "0"), "max_new_tokens 0 is below 1"),
         (("a.txt", "Why?", "--chunk-tokens", "0"), "chunk_tokens 0 is below 1"),
         (("a.txt", "Why?", "--chat-template", "none"), "chat template none cannot be read"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
 )
 def test_mistakes_are_one_line(
     longlora: Callable[..., Result], model: Path, arguments: tuple[str, ...], expected: str
@@ -115,9 +116,10 @@ def test_missing_packages_and_open_addresses_are_said(
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     result = longlora("serve", str(model), "--host", "0.0.0.0")
     assert result.returncode == 2
-    warning, start, refusal = result.stderr.splitlines()
+    warning, start, window, refusal = result.stderr.splitlines()
     assert warning.startswith("warning: the server listens on 0.0.0.0 without a password")
     assert start == f"serving on http://0.0.0.0:8000/v1 with model={model}; Ctrl-C ends"
+    assert window.startswith(f"its window is {WINDOW:,} tokens")
     assert refusal == "longlora: the server needs more packages: pip install 'longlora[serve]'"
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert longlora("demo", str(model)).stderr == "longlora: the page needs gradio: pip install 'longlora[demo]'\n"
@@ -126,7 +128,7 @@ def test_missing_packages_and_open_addresses_are_said(
 @pytest.mark.slow
 def test_the_server_answers_over_http(model: Path) -> None:
     pytest.importorskip("fastapi")
-    pytest.importorskip("openai")
+    openai = pytest.importorskip("openai")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -137,10 +139,23 @@ def test_the_server_answers_over_http(model: Path) -> None:
         reply = _post(f"http://127.0.0.1:{port}/v1/chat/completions", body, server)
         assert reply["usage"]["completion_tokens"] == 5
         assert reply["choices"][0]["message"]["role"] == "assistant"
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+        chunks = list(client.chat.completions.create(**body, stream=True))
+        pieces = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
+        # Half a character at the end is held back by the stream.
+        whole = reply["choices"][0]["message"]["content"].rstrip("\ufffd")
+        assert len(pieces) > 1
+        assert "".join(pieces).rstrip("\ufffd") == whole
+        assert chunks[-1].usage.completion_tokens == 5
+        # docs/use.md says so: the server refuses nothing, and reads on beyond the window.
+        long = body | {"messages": [{"role": "user", "content": "x" * 2000}]}
+        assert client.chat.completions.create(**long).usage.prompt_tokens > 2000 > WINDOW
     finally:
         server.send_signal(2)
         _, errors = server.communicate(timeout=60)
     assert server.returncode == 0, errors
+    assert f"serving on http://127.0.0.1:{port}/v1 with model={model}; Ctrl-C ends" in errors
+    assert f"its window is {WINDOW:,} tokens, and the server does not refuse what is longer" in errors
     assert "Traceback" not in errors
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from longlora.data.documents import Document
 from longlora.data.longqa.chapters import find_chapters
-from longlora.data.longqa.score import score_answer
+from longlora.data.longqa.score import form_of, score_answer
 from longlora.data.longqa.tasks import TASKS, Draft, Offline, known_tasks
 from longlora.data.longqa.text import Text, Window, quarter_of_characters
 from longlora.errors import DataError
@@ -217,4 +217,4 @@ class TestWindows:
     ],
 )
 def test_scores(task: str, answer: str, reference: str, expected: tuple[float, float]) -> None:
-    assert score_answer(task, answer, reference) == pytest.approx(expected)
+    assert score_answer(form_of(task), answer, reference) == pytest.approx(expected)

@@ -14,8 +14,7 @@ from transformers import LlamaForCausalLM
 from longlora.config import AdapterConfig
 from longlora.errors import LongLoraError
 from longlora.memory.embeddings import free_frozen_embeddings
-from longlora.model.adapters import add_adapter
-from longlora.training.trainer import save_adapter
+from longlora.model.adapters import add_adapter, save_adapter
 
 TABLE = 128 * 72
 ROWS = list(range(3, 60))

@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from longlora.artifacts import write_manifest
 from longlora.config import AdapterConfig, AttentionConfig, ModelConfig
 from longlora.errors import LongLoraError
-from longlora.model.adapters import add_adapter, load_adapter, trainable_names
+from longlora.model.adapters import add_adapter, load_adapter, save_adapter, trainable_names
 from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
 from longlora.model.check import check_merge
 from longlora.model.merge import merge_adapter, merged_model
 from longlora.model.rope import rescale_rope
 from longlora.model.sidecar import Sidecar, read_sidecar, write_sidecar
-from longlora.training.trainer import save_adapter
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")

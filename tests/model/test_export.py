@@ -1,5 +1,6 @@
 """An export is the trained model, says so itself, gives nothing private away, and is refused when anything differs."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from longlora.artifacts import RunFolder, verify_manifest
 from longlora.config import Recipe
 from longlora.errors import LongLoraError, ModelError, RunFolderError
 from longlora.model.card import TrainingFacts
+from longlora.model.card_facts import shown
 from longlora.model.export import export_run, legacy_rope_keys
 from longlora.model.merge import merge_adapter, merged_model
 from longlora.model.rope import assert_rope_applied, expected_frequencies, rescale_rope
@@ -150,7 +152,7 @@ def test_the_card_tells_what_was_done_and_nothing_private(merged_run: Run, tmp_p
         "| steps | 7 |",
         "| tokens read | 1,792 |",
         "| time | 14 s (0.00 h) |",
-        "| training | 25 | 12,345 |",
+        "| training | 25 | 12,345 | 0 | 0 |",
         f"{', '.join(NAMES[:20])} and 5 more",
         table,
         "--max-model-len 256",
@@ -189,6 +191,51 @@ def test_a_path_in_the_run_s_files_is_not_given_away(copied: RunFolder, merged_r
     with pytest.raises(ModelError, match="config.json would give away the path"):
         export_run(copied, merged_run[1], copied.root / "again")
     assert not (copied.root / "again").exists()
+
+
+def test_a_run_on_instructions_tells_its_format_and_ends_answers(copied: RunFolder, merged_run: Run) -> None:
+    sidecar = json.loads((copied.adapter / "longlora.json").read_text())
+    template = (copied.merged / "chat_template.jinja").read_text()
+    (copied.adapter / "longlora.json").write_text(json.dumps(sidecar | {"chat_template": template}))
+    facts = {"kind": "instruct", "documents": 3, "tokens": 90, "names": ["/home/me/a.json:1", "b.jsonl:1", "b.jsonl:2"]}
+    facts |= {"shortened": {"count": 2}, "removed_tokens": 40, "too_long": {"count": 1}}
+    (copied.train_shard / "manifest.json").write_text(json.dumps(facts))
+    data = merged_run[1].data.model_copy(update={"kind": "instruct"})
+    recipe = merged_run[1].model_copy(update={"data": data})
+    export_run(copied, recipe, copied.root / "out")
+    card = (copied.root / "out" / "README.md").read_text()
+    for told in (
+        "fine-tuned on instructions",
+        "| prompt format | the base model's own chat template |",
+        "| training | 3 | 90 | 2, by 40 tokens together | 1 |",
+        "Examples of training: a.json (1), b.jsonl (2).",
+        "<|im_start|>user\nYour question",
+    ):
+        assert told in card
+    assert "/home/me" not in card
+
+
+def test_a_full_disk_and_a_place_of_the_run_leave_nothing(
+    copied: RunFolder, merged_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:10])
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    for own in (copied.merged / "in", copied.adapter, copied.checkpoints, copied.root / "data", copied.root / "eval"):
+        with pytest.raises(RunFolderError, match="is where the run keeps"):
+            export_run(copied, merged_run[1], own)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    before = sorted(copied.root.rglob("*"))
+    with pytest.raises(OSError, match="No space left"):
+        export_run(copied, merged_run[1], copied.root / "out")
+    assert sorted(copied.root.rglob("*")) == before
+
+
+def test_a_local_copy_out_of_the_hub_s_cache_keeps_its_id() -> None:
+    assert shown("/home/me/.cache/hub/models--org--some-model/snapshots/abc") == "org/some-model"
+    assert shown("/home/me/models/mine") == "mine"
+    assert shown("org/name") == "org/name"
 
 
 def test_shards_stay_shards_and_other_files_stay_behind(copied: RunFolder, merged_run: Run) -> None:

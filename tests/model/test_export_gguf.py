@@ -1,5 +1,7 @@
 """A GGUF file is taken only when it says what the model says; who serves it gets the right lengths and template."""
 
+import json
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from longlora.model.gguf_export import Converter, find_converter, read_gguf, wri
 from longlora.model.merge import merge_adapter
 from longlora.model.read_back import read_back
 from longlora.model.rope import expected_frequencies
-from longlora.model.serving import command_lines, known_format, modelfile, ollama_name
+from longlora.model.serving import answer_end, command_lines, known_format, modelfile, ollama_name, prompt_of
 from longlora.model.sidecar import read_sidecar
 
 Run = tuple[RunFolder, Recipe]
@@ -76,9 +78,9 @@ def test_what_the_file_says_is_read_back(
     assert (factors is not None) == (kind == "llama3")
     files = {path.name for path in (tmp_path / "My model").iterdir()}
     assert {"Modelfile", "README.md", "model.safetensors", "manifest.json", facts.name} <= files
-    assert exported.commands["llama.cpp"].endswith("/My model/My model-f16.gguf' -c 256")
+    assert exported.commands["llama.cpp"].endswith("/My model/My model-f16.gguf' -c 256 -np 1")
     card = (tmp_path / "My model" / "README.md").read_text()
-    assert "llama-server -m 'My model-f16.gguf' -c 256" in card
+    assert "llama-server -m 'My model-f16.gguf' -c 256 -np 1" in card
     # What the converter takes from the folder's name is not the temporary one.
     assert b"My model My model" in (tmp_path / "My model" / facts.name).read_bytes()
 
@@ -87,6 +89,7 @@ def test_what_the_file_says_is_read_back(
     ("kind", "planted", "message"),
     [
         ("yarn", {"context": 64}, "context 64, should be 256"),
+        ("yarn", {"beta_fast": 16.0}, r"bounds of yarn 16\.0, should be 32\.0"),
         ("yarn", {"factor": 4.0}, "RoPE factor 4.0, should be 5.0"),
         ("yarn", {"type": "linear"}, "RoPE type linear, should be yarn"),
         ("yarn", {"type": "default"}, "RoPE type none, should be yarn"),
@@ -113,6 +116,18 @@ def test_a_planted_mismatch_is_found(
     with pytest.raises(ModelError, match=message) as caught:
         write_gguf(converter, run.merged, tmp_path / "out.gguf", "out", sidecar, model)
     assert "\n" not in str(caught.value)
+
+
+def test_yarn_that_llama_cpp_reads_otherwise_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:
+    run, recipe = runs["yarn"]
+    shutil.copytree(run.root, tmp_path / "run")
+    for path in (tmp_path / "run" / "adapter" / "longlora.json", tmp_path / "run" / "merged" / "config.json"):
+        values = json.loads(path.read_text())
+        values["rope_parameters"]["attention_factor"] = 1.5
+        path.write_text(json.dumps(values))
+    converter = script(tmp_path / "converter")
+    with pytest.raises(ModelError, match="attention_factor of yarn as llama.cpp reads it None, should be 1.5"):
+        export_run(RunFolder(tmp_path / "run"), recipe, tmp_path / "out", converter=converter)
 
 
 def test_nothing_is_kept_after_a_mismatch(runs: dict[str, Run], tmp_path: Path) -> None:
@@ -206,7 +221,10 @@ LLAMA_3 = (
     "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-PAPER = "{% for message in messages %}{{ '[INST]' + message['content'] + '[/INST]' }}{% endfor %}"
+PAPER = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST]' + message['content'] + '[/INST]' }}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +235,7 @@ PAPER = "{% for message in messages %}{{ '[INST]' + message['content'] + '[/INST
         (LLAMA_3, "Llama 3", None),
         (PAPER, "[INST]", None),
         (
-            PAPER.replace("'[INST]'", "bos_token + '[INST] '").replace("'[/INST]'", "' [/INST]'"),
+            "{{ bos_token }}" + PAPER.replace("'[INST]'", "'[INST] '").replace("'[/INST]'", "' [/INST]'"),
             "[INST] with blanks",
             None,
         ),
@@ -240,8 +258,23 @@ def test_known_chat_templates_are_recognised_by_what_they_write(template: str, n
         [{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
     )
     assert written.removeprefix("<s>") == prompt.partition("{{ .Response }}")[0]
+    ended = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], tokenize=False
+    )
+    assert ended.removeprefix("<s>") == prompt.replace("{{ .Response }}", "So.")
     assert text.startswith("FROM ./m.gguf\nPARAMETER num_ctx 4096\nPARAMETER stop ")
     assert ("SYSTEM" in text.splitlines()[-1]) == (system is not None)
+
+
+def test_the_token_behind_an_answer_is_found() -> None:
+    tokenizer = with_template(PAPER)
+    assert answer_end(tokenizer) == tokenizer.eos_token_id
+    assert prompt_of(tokenizer) == "[INST]Your question[/INST]"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    assert answer_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for template in (None, PAPER.replace(" + eos_token", ""), "{{ 1 / 0 }}"):
+        assert answer_end(with_template(template)) is None
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}", "{{ 1 / 0 }}"])
@@ -255,6 +288,6 @@ def test_command_lines_are_quoted_and_carry_the_length() -> None:
     assert command_lines("out", 16384, "out") == {"vLLM": "vllm serve out --max-model-len 16384"}
     lines = command_lines("my out/", 16384, "My Model!", "a b.gguf")
     assert lines["vLLM"] == "vllm serve 'my out' --max-model-len 16384"
-    assert lines["llama.cpp"] == "llama-server -m 'my out/a b.gguf' -c 16384"
+    assert lines["llama.cpp"] == "llama-server -m 'my out/a b.gguf' -c 16384 -np 1"
     assert lines["Ollama"] == "ollama create my-model -f 'my out/Modelfile' && ollama run my-model"
     assert ollama_name("---") == "longlora"

@@ -84,6 +84,18 @@ def test_the_head_costs_the_same_tied_or_not_forward_and_more_backward_where_it_
     assert step.backward.output_head == step.forward.output_head * (2 if tied else 1)
 
 
+def test_full_fine_tuning_takes_the_gradients_of_the_weights_as_well() -> None:
+    config = small(tie_word_embeddings=False)
+    lora, full = recipe(), recipe(**{"adapter.method": "full"})
+    steps = [step_flops(outline(config, each), each.train, 1024, 1) for each in (lora, full)]
+    assert steps[1].forward.lora == 0
+    for part in ("attention_projections", "mlp", "output_head"):
+        forward = getattr(steps[1].forward, part)
+        assert forward == getattr(steps[0].forward, part) > 0
+        assert [getattr(step.backward, part) / forward for step in steps] == [1, 2]
+    assert steps[0].backward.attention_scores == steps[1].backward.attention_scores
+
+
 def test_recomputation_follows_checkpointing() -> None:
     def recomputed(**settings: Any) -> float:
         made = recipe(**settings)

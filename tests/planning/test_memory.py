@@ -19,6 +19,7 @@ from longlora.data.shards import open_shard
 from longlora.model.adapters import add_adapter, cast_to_compute_dtype
 from longlora.model.attention import apply_attention
 from longlora.model.levers import apply_memory_levers
+from longlora.model.trainable import make_trainable
 from longlora.planning import rehearsal
 from longlora.planning.machines import Machine, gpu, this_machine
 from longlora.planning.memory import Memory, peak_memory
@@ -53,10 +54,23 @@ def test_weights_are_those_of_a_real_model() -> None:
     assert made.optimizer == 2 * sizes[True]
 
 
+def test_full_fine_tuning_holds_float32_weights_gradients_and_moments_and_nothing_frozen() -> None:
+    config, settings = small(num_hidden_layers=3), recipe(**{"adapter.method": "full", "train.grad_accum_steps": 2})
+    count = AutoModelForCausalLM.from_config(config).num_parameters()
+    made, lora = memory(settings, config), memory(recipe(), config)
+    assert (made.trained_weights, made.gradients, made.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert made.frozen_copies == 0
+    assert made.frozen_weights < 1000, "buffers of RoPE alone"
+    assert made.peak > lora.peak
+    small_states = memory(recipe(**{"adapter.method": "full", "train.optimizer": "adamw_8bit"}), config).optimizer
+    in_32_bits = 64 * (512 + 7)  # tied embeddings, and seven norms
+    assert small_states == 8 * in_32_bits + 2 * (count - in_32_bits)
+
+
 @contextlib.contextmanager
 def real_model(config: Any, settings: Recipe) -> Iterator[Any]:
     """What `rehearsal._fake_model` makes, with tensors that hold something."""
-    model = add_adapter(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), settings.adapter)
+    model = make_trainable(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), settings.adapter)
     cast_to_compute_dtype(model, torch.bfloat16)
     apply_memory_levers(model, settings)
     apply_attention(model, settings.attention, settings.context.context_length)
@@ -70,6 +84,7 @@ def real_model(config: Any, settings: Recipe) -> Iterator[Any]:
         {"train.activation_checkpointing": False},
         {"train.mlp_tile_tokens": 128, "train.micro_batch_size": 2},
         {"attention.pattern": "full", "train.grad_accum_steps": 2},
+        {"adapter.method": "full"},
     ],
 )
 def test_the_rehearsal_counts_what_a_step_with_real_tensors_holds(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from planning_cases import llama_2_7b, recipe, small
 from transformers import AutoModelForCausalLM, ViTConfig
 
 from longlora.errors import ModelError
 from longlora.model.adapters import add_adapter
+from longlora.model.trainable import make_trainable, parameter_counts
 from longlora.planning.outline import meta_model, outline
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
@@ -44,6 +46,28 @@ def test_counts_are_those_of_a_real_model(kind: str, sizes: dict[str, Any], adap
     wrapped = add_adapter(real, settings.adapter)
     assert made.trained == wrapped.get_nb_trainable_parameters()[0]
     assert made.lora == sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("qwen3_moe", EXPERTS),
+        # The biases that balance its experts are no weights to train.
+        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_intermediate_size": 32, "moe_k": 2, "moe_layer_start_index": 0}),
+    ],
+)
+def test_full_fine_tuning_counts_what_a_real_model_trains(kind: str, sizes: dict[str, Any]) -> None:
+    config, settings = small(kind, **sizes), recipe(**{"adapter.method": "full"})
+    made = outline(config, settings)
+    real = make_trainable(AutoModelForCausalLM.from_config(config), settings.adapter)
+    assert (made.trained, made.total) == parameter_counts(real)
+    assert made.lora == made.copied == 0
+    embeddings = {id(p) for m in real.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    trained = [p for p in real.parameters() if p.requires_grad]
+    assert made.trained_matrices == sum(p.numel() for p in trained if p.ndim > 1 and id(p) not in embeddings)
+    assert (made.trained < made.total) is (kind == "ernie4_5_moe")
 
 
 def test_no_weights_are_made() -> None:

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 from longlora.config import Recipe
 from longlora.errors import ModelError, PlanError
 from longlora.planning import settle
-from longlora.planning.levers import with_settings
-from longlora.planning.machines import Machine, this_machine
+from longlora.planning.levers import levers, with_settings
+from longlora.planning.longest import longest_context
+from longlora.planning.machines import Machine, gpu, this_machine
 from longlora.planning.memory import Memory, peak_memory
 from longlora.planning.outline import outline
 from longlora.planning.settle import adopt_levers, settle_memory
@@ -91,6 +92,17 @@ def test_auto_drops_a_lever_that_a_later_one_made_needless() -> None:
     wanted = with_settings(chosen, {"memory": "check", "train.activation_checkpointing": True})
     settled = settle_memory(chosen, CONFIG, machine(peak(wanted)))
     assert settled.recipe == wanted, "chunks of 256 come first in the list, and bring nothing here"
+
+
+def test_full_fine_tuning_has_no_lever_for_frozen_weights() -> None:
+    keys = [
+        {key for lever in levers(recipe(**{"adapter.method": method}), cuda=True) for key in lever.settings}
+        for method in ("lora", "full")
+    ]
+    assert keys[0] - keys[1] == {"model.quantization", "adapter.embedding_rows"}
+    assert "train.optimizer" in keys[1]
+    fit = longest_context(recipe(**{"adapter.method": "full"}), CONFIG, gpu("l4"))
+    assert fit.with_levers >= fit.as_it_is > 0
 
 
 def test_a_resumed_run_keeps_what_was_picked() -> None:

@@ -35,7 +35,7 @@ def export(
     gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file and Ollama's Modelfile as well.")] = False,
     gguf_type: Annotated[Kind, typer.Option(help="Type of the weights in the GGUF file.")] = "f16",
     llama_cpp: Annotated[
-        Path | None, typer.Option(help="Folder with llama.cpp's convert_hf_to_gguf.py [default: its command on PATH].")
+        Path | None, typer.Option(help="Folder with llama.cpp's convert_hf_to_gguf.py (default: its command on PATH).")
     ] = None,
 ) -> None:
     """Write the merged model, its tokenizer and a model card, read everything back, and say how to serve it."""
@@ -43,13 +43,16 @@ def export(
         raise RecipeError("--llama-cpp and --gguf-type are about GGUF: add --gguf or leave them out")
     recipe = read_recipe(run, None)
     folder = RunFolder(recipe.run_path)
+    if folder.recipe.exists():  # what the run was made with, whatever became of the recipe file since
+        recipe = read_recipe(folder.root, None)
+    llama_cpp = llama_cpp and llama_cpp.expanduser()
     from longlora.model.export import export_run
     from longlora.model.gguf_export import find_converter
 
     exported = export_run(
         folder,
         recipe,
-        output,
+        output.expanduser(),
         training=_training(folder),
         evaluation=_evaluation(folder),
         legacy_rope=legacy_rope,
@@ -66,7 +69,10 @@ def _training(run: RunFolder) -> TrainingFacts | None:
     if not rows:
         return None
     first, last = rows[0], rows[-1]
-    return TrainingFacts(last.step, first.loss, last.loss, last.tokens, last.seconds)
+    # Seconds begin again with every process: the last of each counts.
+    times = [row.seconds for row in rows if row.seconds is not None]
+    ends = [time for time, after in zip(times, [*times[1:], 0.0], strict=True) if after <= time] if times else []
+    return TrainingFacts(last.step, first.loss, last.loss, last.tokens, sum(ends) if ends else None)
 
 
 def _evaluation(run: RunFolder) -> str | None:
@@ -81,8 +87,8 @@ def _evaluation(run: RunFolder) -> str | None:
         return None
     summary = summarize(read_comparison([run]))
     notes = [
-        "Full attention; base is the model as it came, RoPE only the same weights with rescaled rotary position "
-        "embeddings, trained this model before its weights were exported. Intervals are 95 %.",
+        "Measured with full attention. base: the model as it came; RoPE only: the same weights with rescaled rotary "
+        "position embeddings; trained: this model. Intervals are 95 %.",
         *summary.notes,
         *(f"Not measured: {name}." for name in summary.missing),
     ]

@@ -143,7 +143,7 @@ def _time(made: Plan) -> Lines:
 
 def _disk(made: Plan) -> Lines:
     parts = (("checkpoints", made.disk.checkpoints), ("adapter", made.disk.adapter), ("merged model", made.disk.merged))
-    return [(name, f"{size / 1e9:,.2f} GB") for name, size in parts]
+    return [(name, f"{size / 1e9:,.2f} GB") for name, size in parts if size]
 
 
 def _fit(made: Plan) -> str:

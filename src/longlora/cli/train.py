@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from longlora.artifacts import RunFolder
@@ -17,14 +19,14 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Train the adapter on the prepared shards."""
+    """Train on the prepared shards: an adapter, or the whole model with adapter.method=full."""
     resolved = read_recipe(recipe, overrides)
     from longlora.training.trainer import train as run_training
 
     prepared = RunFolder(resolved.run_path).recipe
     if prepared.exists() and load_recipe(prepared).data != resolved.data:
         raise RunFolderError(f"the data section differs from what {resolved.run_dir} was prepared with: prepare again")
-    console().print(f"adapter: {run_training(resolved, console())}", highlight=False)
+    _say(run_training(resolved, console()))
 
 
 def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
@@ -48,13 +50,22 @@ def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
             )
     from longlora.training.trainer import train as run_training
 
-    console().print(f"adapter: {run_training(resolved, console(), resume=True)}", highlight=False)
+    _say(run_training(resolved, console(), resume=True))
 
 
 def merge(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Merge the adapter into an ordinary model, and verify it."""
-    run = RunFolder(read_recipe(recipe, overrides).run_path)
-    from longlora.model.merge import merge_adapter
+    resolved = read_recipe(recipe, overrides)
+    run = RunFolder(resolved.run_path)
+    from longlora.model.merge import already_whole, merge_adapter
 
+    if resolved.adapter.method == "full":
+        console().print(already_whole(run.merged), highlight=False)
+        return
     check = merge_adapter(run.adapter, run.merged)
     console().print(f"merged: {run.merged}, verified: {check.summary()}", highlight=False)
+
+
+def _say(folder: Path) -> None:
+    """adapter: PATH, or merged: PATH."""
+    console().print(f"{folder.name}: {folder}", highlight=False)

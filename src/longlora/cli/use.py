@@ -108,11 +108,13 @@ def serve(model: ModelArgument, host: Host = _LOOPBACK, port: Port = 8000) -> No
         # A request may name any model; nothing is to be downloaded for one.
         os.environ["HF_HUB_OFFLINE"] = "1"
     from longlora.inference.serve import serve as run_server
-    from longlora.inference.serve import served_model
+    from longlora.inference.serve import served_model, served_window
 
     name = served_model(model)
     _say(warning(host, "the server"))
     _say(f"serving on http://{host}:{port}/v1 with model={name}; Ctrl-C ends")
+    if window := served_window(name):
+        _say(f"its window is {window:,} tokens, and the server does not refuse what is longer: `longlora ask` does")
     with contextlib.suppress(KeyboardInterrupt):
         run_server(name, host, port)
 
@@ -137,12 +139,19 @@ def demo(
 
 
 def _require_question(files: list[str], question: str) -> None:
-    if Path(question).is_file() or question == "-":
+    if _is_file(question) or question == "-":
         raise DataError(f"the last argument is the question, and {question} is a file: add the question behind it")
     if not question.strip():
         raise DataError("the question is empty: write one behind the files")
     if not files:
         raise DataError(f"no file before the question {question!r}: give at least one, - for stdin, or use chat")
+
+
+def _is_file(words: str) -> bool:
+    try:
+        return Path(words).is_file()
+    except (OSError, ValueError):  # a question may be longer than any name, which Python before 3.12 raises about
+        return False
 
 
 def _read_files(files: list[str]) -> list[FileText]:

@@ -11,6 +11,7 @@ from longlora.config.evaluation import (
     NeedleConfig,
     PasskeyConfig,
     PerplexityConfig,
+    QuestionsConfig,
     RulerConfig,
     TopicsConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "NeedleConfig",
     "PasskeyConfig",
     "PerplexityConfig",
+    "QuestionsConfig",
     "Recipe",
     "RulerConfig",
     "TopicsConfig",

@@ -13,7 +13,7 @@ Lengths = Annotated[list[Length], Field(min_length=1)]
 Depths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 
 Variant = Literal["base", "rope_only", "trained"]
-Task = Literal["perplexity", "longppl", "passkey", "needle", "lines", "topics", "ruler"]
+Task = Literal["perplexity", "longppl", "passkey", "needle", "lines", "topics", "ruler", "questions"]
 RulerTask = Literal[
     "niah_single_1",
     "niah_single_2",
@@ -127,6 +127,18 @@ class RulerConfig(Section):
     """Score from which on a length counts as effective: Llama-2-7B-chat's at 4k in the paper."""
 
 
+class QuestionsConfig(Section):
+    """Questions about documents, asked in the chat template of ``data.instruct``: exact match and F1 (SQuAD)."""
+
+    files: list[str] = []
+    """Held-out questions, in any format of instructions; what ``longlora data longqa`` holds out is also shown by task
+    and depth. Empty means `data.heldout`, where that holds instructions."""
+    num_questions: int = Field(default=40, gt=0)
+    """Questions of each length that are asked, drawn by `seed`."""
+    max_new_tokens: int = Field(default=128, gt=0)
+    """Tokens of an answer at most."""
+
+
 class EvalConfig(Section):
     """What is measured, always with full attention, for base, RoPE rescaled only, and trained."""
 
@@ -141,6 +153,7 @@ class EvalConfig(Section):
     lines: LongEvalConfig = Field(default_factory=LongEvalConfig)
     topics: TopicsConfig = Field(default_factory=TopicsConfig)
     ruler: RulerConfig = Field(default_factory=RulerConfig)
+    questions: QuestionsConfig = Field(default_factory=QuestionsConfig)
     haystack: list[str] = []
     """Text files in which needles are hidden; empty means the held-out documents."""
     prefill_chunk_tokens: int = Field(default=2048, gt=0)

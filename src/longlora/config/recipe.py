@@ -59,6 +59,16 @@ class Recipe(Section):
             + (f"raise group_size_ratio to at least {enough:g}" if enough <= 1 else "lower sink_tokens")
         )
 
+    @model_validator(mode="after")
+    def _quantized_weights_stay_frozen(self) -> Recipe:
+        quantization = self.model.quantization
+        if quantization != "none" and self.adapter.method == "full":
+            raise ValueError(
+                f"model.quantization={quantization} keeps weights in 4 bits, which cannot be trained, and "
+                "adapter.method=full trains them all: set adapter.method=lora (QLoRA) or model.quantization=none"
+            )
+        return self
+
     @property
     def run_path(self) -> Path:
         return Path(self.run_dir)

@@ -21,7 +21,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """Hub revision; ignored for a local folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Data type of the frozen weights and of the merged model. Trained weights are always float32 while training."""
+    """Data type of the frozen weights, of what is computed and of the merged model. Trained weights are always float32
+    while training."""
     quantization: Literal["none", "nf4"] = "none"
     """``nf4`` keeps the frozen linear weights in 4 bits while training, through bitsandbytes (QLoRA, Dettmers et al.
     2023). Evaluation and merge read the unquantized model."""
@@ -112,8 +113,11 @@ def even_above(tokens: int) -> int:
 
 
 class AdapterConfig(Section):
-    """What is trained: LoRA on linear layers, plus embeddings and norms in full (paper, section 3.3)."""
+    """What is trained: LoRA on linear layers, plus embeddings and norms in full (paper, section 3.3); or everything."""
 
+    method: Literal["lora", "full"] = "lora"
+    """``full`` is full fine-tuning: every parameter is trained, no adapter is made, and `longlora train` leaves the
+    whole model in merged/. The other settings of this section are those of ``lora``."""
     r: int = Field(default=8, gt=0)
     """Rank of the LoRA matrices."""
     lora_alpha: int = Field(default=16, gt=0)
@@ -130,6 +134,21 @@ class AdapterConfig(Section):
     input anyway, but where output embeddings are tied they get one, and are then left as they are."""
     train_norms: bool = True
     """Train all normalisation layers in full."""
+
+    @model_validator(mode="after")
+    def _full_has_no_other_settings(self) -> AdapterConfig:
+        if self.method != "full":
+            return self
+        fields = type(self).model_fields
+        others = [name for name in fields if name != "method" and getattr(self, name) != fields[name].default]
+        if others:
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in others)
+            raise ValueError(
+                f"method=full trains every parameter and has no adapter, so that {given} would not be read: leave "
+                f"{'it' if len(others) == 1 else 'them'} out (on the command line adapter={{method: full}} does) or "
+                "set method=lora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_of_trained_embeddings(self) -> AdapterConfig:

@@ -14,8 +14,8 @@ one. Otherwise `split_document` looks for it in each message of the user.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longlora.data.instruct_records import Record, record_readers
@@ -66,6 +66,8 @@ class Example:
     name: str
     place: str
     messages: tuple[Message, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The record as it stands in its file."""
 
     def with_document(self, index: int, document: str) -> Example:
         """The same with another document in message `index`."""
@@ -140,7 +142,7 @@ def _examples_of_file(records: Iterator[Record], joint: str) -> Iterator[Example
             messages.pop()
         if not messages:
             raise DataError(f"{record.place} has no turn of the assistant, so nothing to learn: remove it")
-        yield Example(record.name, record.place, tuple(messages))
+        yield Example(record.name, record.place, tuple(messages), record.values)
 
 
 def _format(record: Record) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from longlora.data.instruct_examples import Example
 from longlora.data.instruct_template import render, special_tokens
+from longlora.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,18 @@ class Encoder:
             example = shorter
             tokens, mask = self._tokens(example)
         return Encoded(tokens, mask, before - len(tokens))
+
+    def prompt(self, example: Example) -> list[int]:
+        """The tokens that a model is given to say the last answer of `example`, as they are in training.
+
+        Raises:
+            DataError: as `render`.
+        """
+        tokens, mask = self._tokens(example)
+        if 1 not in mask:
+            raise DataError(f"{example.place}: the template writes nothing of its answers")
+        end = len(mask) - mask[::-1].index(1)
+        return tokens[: len(mask[:end]) - mask[:end][::-1].index(0)]
 
     def _without(self, example: Example, excess: int) -> Example | None:
         """`example` with `excess` tokens less in its longest document; None if that does not have as many."""

@@ -21,6 +21,7 @@ from longlora.evaluation.retrieval.longeval import conversation_prompts, line_pr
 from longlora.evaluation.retrieval.needle import needle_prompts
 from longlora.evaluation.retrieval.passkey import Hidden, filler_prompts, hide_facts, landmark_prompts
 from longlora.evaluation.retrieval.prompt import Encode, Prompt
+from longlora.evaluation.retrieval.questions import question_prompts
 from longlora.evaluation.retrieval.ruler import ruler_prompts
 from longlora.evaluation.retrieval.ruler_needles import NEEDLE_TASKS
 from longlora.model.build import tokenizer_hash
@@ -226,6 +227,8 @@ def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Mapping[
                 wrap = chat_wrap(tokenizer) if settings.ruler.chat_template else None
                 lengths = retrieval_lengths(recipe, settings.ruler.lengths)
                 made += ruler_prompts(encode, [] if wrap else before, texts, settings.ruler, lengths, seed, wrap)
+            case "questions":
+                made += _questions(recipe, tokenizer)
     return made
 
 
@@ -236,6 +239,22 @@ def _topics(recipe: Recipe, encode: Encode, before: Sequence[int], texts: Mappin
         return conversation_prompts(encode, before, found, seed)
     lengths = retrieval_lengths(recipe, settings.lengths)
     return topic_prompts(encode, before, texts, lengths, settings.num_trials, seed)
+
+
+def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    settings = recipe.eval.questions
+    held_out = recipe.data.heldout if recipe.data.kind == "instruct" else []
+    sources = settings.files or held_out
+    if not sources:
+        raise DataError("eval.tasks has questions and there are none: name files in eval.questions.files")
+    return question_prompts(
+        tokenizer,
+        sources,
+        recipe.data.instruct,
+        per_length=settings.num_questions,
+        max_new_tokens=settings.max_new_tokens,
+        seed=recipe.eval.seed,
+    )
 
 
 def chat_wrap(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]:

@@ -27,6 +27,7 @@ from longlora.evaluation.samples import Samples, key_of
 from longlora.evaluation.variants import environment
 from longlora.memory.limit import peak_bytes
 from longlora.model.build import tokenizer_hash
+from longlora.model.end_tokens import end_tokens
 from longlora.model.head import output_head
 
 _SAME_MODEL = ("weights", "rope_parameters", "attention", "dtype")
@@ -221,7 +222,7 @@ class Measurement:
             self._model,
             self._head,
             lambda tokens: str(self._tokenizer.decode(tokens, skip_special_tokens=True)),
-            stop_tokens(self._model, self._tokenizer),
+            end_tokens(self._model, self._tokenizer),
             chunk_tokens=self._recipe.eval.prefill_chunk_tokens,
             batch_tokens=self._recipe.eval.batch_tokens,
         )
@@ -254,13 +255,6 @@ class Measurement:
 
 
 _WORK = tuple(field.name for field in fields(Work))
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: those of the generation config and the tokenizer's end of text."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    found = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    return {int(token) for token in found if token is not None}
 
 
 def _key(prompt: Prompt) -> str:

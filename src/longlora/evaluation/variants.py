@@ -49,7 +49,7 @@ def contexts_of(recipe: Recipe, config: PreTrainedConfig) -> Contexts:
 
 
 def load_variant(recipe: Recipe, run: RunFolder, variant: str) -> PreTrainedModel:
-    """``base``, ``rope_only``, or ``trained``: the merged model, or the adapter merged in memory where there is none.
+    """``base``, ``rope_only``, or ``trained``: merged/, or the adapter merged in memory where there is none.
 
     Raises:
         RecipeError: there is no variant of this name.
@@ -72,6 +72,7 @@ def require_variants(recipe: Recipe, run: RunFolder) -> None:
     """Refuse what would be found out only after hours of measuring the others.
 
     Raises:
+        ModelError: the recipe does not fit the base model.
         RunFolderError: ``trained`` is asked for and nothing was trained yet, or for another context than the recipe's.
     """
     if "trained" not in recipe.eval.variants:
@@ -81,12 +82,14 @@ def require_variants(recipe: Recipe, run: RunFolder) -> None:
     elif run.adapter.exists():
         folder, context = run.adapter, read_sidecar(run.adapter).context_length
     else:
-        raise RunFolderError(f"{run.adapter} does not exist: run `longlora train` first, or leave out trained")
-    if context != recipe.context.context_length:
+        raise RunFolderError(f"{run.root} holds no trained model: run `longlora train` first, or leave out trained")
+    # Not the recipe's own number: instructions may be shorter than the context of the model, which then stays.
+    wanted, length = contexts_of(recipe, load_config(recipe.model)).extended, recipe.context.context_length
+    if context != wanted:
         raise RunFolderError(
-            f"{folder} was trained for {context} tokens, the recipe says context.context_length="
-            f"{recipe.context.context_length}: leave that as it was; to measure other lengths give "
-            "eval.perplexity.context_lengths and eval.passkey.lengths"
+            f"{folder} was trained for {context} tokens, the recipe says context.context_length={length}"
+            f"{'' if wanted == length else f' within {wanted} of the model'}: leave that as it was; to measure other "
+            "lengths give eval.perplexity.context_lengths and eval.passkey.lengths"
         )
 
 

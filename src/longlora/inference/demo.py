@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longlora.errors import LongLoraError, ModelError
 from longlora.inference.address import require_free
+from longlora.inference.demo_html import CSS, answer_html, state_html, title_html
 from longlora.inference.files import MAX_FILE_BYTES, read_file
 from longlora.inference.prompt import Message
 from longlora.inference.session import LongSession, Sampling
@@ -21,18 +22,6 @@ if TYPE_CHECKING:
 _TYPES = [".txt", ".md", ".html", ".htm", ".pdf"]
 _ONE_AT_A_TIME = "model"
 _DELETE_AFTER_SECONDS = 3600
-# Colours of both schemes are the theme's own, so that the page follows the browser's.
-_CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
-#title h1 { font-size: 1.35rem; margin: 0; }
-#title p { margin: .2rem 0 0; opacity: .75; }
-.state { font-size: .92rem; min-height: 1.5em; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.state .bar { height: .5rem; margin-top: .45rem; border-radius: .25rem; background: var(--border-color-primary); }
-.state .bar div { height: 100%; border-radius: inherit; background: var(--color-accent); }
-.state.refused { color: var(--error-text-color, #b91c1c); }
-.state.refused .bar div { background: #dc2626; }
-footer { display: none !important; }
-"""
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
@@ -42,34 +31,56 @@ class _Loaded:
 
     text: str
     tokens: int
+    note: str
 
 
 class _Page:
-    """What the page does, without its layout. All text that is not ours is escaped."""
+    """What the page does, without its layout. Everything it shows is HTML of `demo_html`."""
 
     def __init__(self, session: LongSession) -> None:
         self._session = session
+        self._stopped: set[str] = set()
+        """Windows whose answer a person wants no more of."""
 
-    def load(self, path: str | None, answer_tokens: float) -> tuple[_Loaded | None, str]:
-        """The document of an uploaded file, and the line about it; None if it cannot be used."""
+    def load(self, path: str | None, answer_tokens: float) -> tuple[_Loaded | None, str, str, str]:
+        """The document of an uploaded file (None if it cannot be used), the line about it, and no answer yet."""
+        nothing = answer_html(""), state_html("")
         if path is None:
-            return None, _state("no document")
+            return None, self.fit(None, answer_tokens), *nothing
         try:
             file = read_file(Path(path))
         except LongLoraError as error:
             # The folder of uploads means nothing to a person.
-            return None, _state(str(error).replace(str(Path(path).parent) + os.sep, ""), refused=True)
-        tokens, window = self._session.count(file.text), self._session.window
-        line = f"{file.name}: {tokens:,} tokens of the model's window of {window:,}"
-        missing = tokens + int(answer_tokens) - window
+            line = str(error).replace(str(Path(path).parent) + os.sep, "")
+            return None, state_html(line, refused=True), *nothing
+        loaded = _Loaded(file.text, self._session.count(file.text), file.note.partition(": ")[2])
+        return loaded, self.fit(loaded, answer_tokens), *nothing
+
+    def fit(self, loaded: _Loaded | None, answer_tokens: float) -> str:
+        """The line about a document: its tokens against the window."""
+        if loaded is None:
+            return state_html(f"no document yet; text, Markdown, HTML or PDF up to {MAX_FILE_BYTES // 2**20} MiB")
+        window = self._session.window
+        line = f"{loaded.tokens:,} tokens of the model's window of {window:,}"
+        missing = loaded.tokens + int(answer_tokens) - window
         if missing > 0:
-            line += f"; too long by {missing:,} tokens with {int(answer_tokens):,} for the answer"
-        if file.note:
-            line += f"; {file.note.partition(': ')[2]}"
-        return _Loaded(file.text, tokens), _state(line, refused=missing > 0, share=tokens / window)
+            line += f"; too long by {missing:,} tokens with {int(answer_tokens):,} kept for the answer"
+        if loaded.note:
+            line += f"; {loaded.note}"
+        return state_html(line, refused=missing > 0, share=loaded.tokens / window)
+
+    def start(self, window_id: str) -> tuple[str, str]:
+        """What is shown until the model is free."""
+        self._stopped.discard(window_id)
+        return answer_html(""), state_html("waiting for the model")
+
+    def stop(self, window_id: str) -> None:
+        """End the answer of a window after the pass that is under way."""
+        self._stopped.add(window_id)
 
     def ask(
         self,
+        window_id: str,
         loaded: _Loaded | None,
         question: str,
         answer_tokens: float,
@@ -79,19 +90,24 @@ class _Page:
     ) -> Iterator[tuple[str, str]]:
         """(answer so far, line with its numbers), again and again."""
         if not question.strip():
-            yield "", _state("no question: type one", refused=True)
+            yield answer_html(""), state_html("no question: type one", refused=True)
             return
         message = Message("user", question.strip(), (loaded.text,) if loaded else ())
         try:
             sampling = Sampling(float(temperature), float(top_p), int(seed))
             answer = self._session.ask([message], max_new_tokens=int(answer_tokens), sampling=sampling)
             for _ in answer:
+                if window_id in self._stopped:
+                    break
                 numbers = answer.numbers
                 reading = numbers.to_first_token is None
-                yield answer.text, _state(numbers.line(), share=numbers.read / numbers.lengths.prompt * reading)
-            yield answer.text, _state(answer.numbers.line())
+                share = numbers.read / numbers.lengths.prompt * reading
+                yield answer_html(answer.text, going=not reading), state_html(numbers.line(), share=share)
+            if window_id in self._stopped:
+                answer.numbers.ended = "stopped"
+            yield answer_html(answer.text), state_html(answer.numbers.line())
         except LongLoraError as error:
-            yield "", _state(str(error), refused=True)
+            yield answer_html(""), state_html(str(error), refused=True)
 
 
 def build_demo(session: LongSession, name: str) -> gradio.Blocks:
@@ -102,44 +118,63 @@ def build_demo(session: LongSession, name: str) -> gradio.Blocks:
     """
     gr = require_gradio()
     page = _Page(session)
-    title = f"<h1>{escape(name)}</h1><p>Questions about one document, answered within {session.window:,} tokens.</p>"
     with gr.Blocks(
         title=f"longlora: {name}",
         analytics_enabled=False,
         delete_cache=(_DELETE_AFTER_SECONDS, _DELETE_AFTER_SECONDS),
     ) as blocks:
-        gr.HTML(title, elem_id="title")
-        loaded = gr.State(None)
+        gr.HTML(title_html(name, session.window), elem_id="title")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                file = gr.File(label=f"Document ({', '.join(_TYPES)})", file_types=_TYPES, height=150, elem_id="file")
-                document = gr.HTML(_state("no document"), elem_id="document")
-                with gr.Accordion("Options", open=False):
-                    budget = gr.Slider(
-                        1, max(2, session.window // 2), value=max(1, min(512, session.window // 8)), step=1,
-                        label="Most tokens of an answer", elem_id="budget",
-                    )  # fmt: skip
-                    temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: most likely token)")
-                    top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p")
-                    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                usual = max(1, min(512, session.window // 8))
+                file = gr.File(label="Document", show_label=False, file_types=_TYPES, height=130, elem_id="file")
+                document = gr.HTML(page.fit(None, usual), elem_id="document")
+                with gr.Accordion("Options", open=False, elem_id="options"):
+                    options = _options(gr, session.window, usual)
             with gr.Column(scale=3, min_width=320):
-                question = gr.Textbox(label="Question", lines=2, max_lines=6, elem_id="question", autofocus=True)
-                with gr.Row():
+                question = gr.Textbox(
+                    label="Question", lines=2, max_lines=6, elem_id="question", autofocus=True,
+                    placeholder="What does the document say about ...?",
+                )  # fmt: skip
+                with gr.Row(elem_id="buttons"):
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop", elem_id="stop")
-                answer = gr.Textbox(label="Answer", lines=10, max_lines=30, interactive=False, elem_id="answer")
-                numbers = gr.HTML(_state(""), elem_id="numbers")
-        private = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": _ONE_AT_A_TIME}
-        gr.on(
-            [file.change, budget.release], page.load, [file, budget], [loaded, document], show_progress="hidden",
-            **private,
+                    stop = gr.Button("Stop", elem_id="stop", visible=False)
+                numbers = gr.HTML(state_html(""), elem_id="numbers")
+                answer = gr.HTML(answer_html(""), elem_id="answer")
+        loaded = gr.State(None)
+        window_id = gr.State(lambda: secrets.token_hex(8))
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        file.change(page.load, [file, options[0]], [loaded, document, answer, numbers], **quiet)
+        options[0].release(page.fit, [loaded, options[0]], [document], **quiet)
+
+        def begin(window: str) -> tuple[Any, ...]:
+            return *page.start(window), gr.update(interactive=False), gr.update(visible=True, interactive=True)
+
+        def stopping(window: str) -> Any:
+            page.stop(window)
+            return gr.update(interactive=False)
+
+        begun = gr.on(
+            [ask.click, question.submit], begin, [window_id], [answer, numbers, ask, stop], queue=False, **quiet
+        )
+        asked = begun.then(
+            page.ask, [window_id, loaded, question, *options], [answer, numbers],
+            concurrency_limit=1, concurrency_id=_ONE_AT_A_TIME, **quiet,
         )  # fmt: skip
-        running = gr.on(
-            [ask.click, question.submit], page.ask, [loaded, question, budget, temperature, top_p, seed],
-            [answer, numbers], show_progress="hidden", **private,
-        )  # fmt: skip
-        stop.click(None, cancels=[running], api_visibility="private")
+        stop.click(stopping, [window_id], [stop], queue=False, **quiet)
+        asked.then(lambda: (gr.update(interactive=True), gr.update(visible=False)), None, [ask, stop], **quiet)
     return blocks
+
+
+def _options(gr: Any, window: int, usual: int) -> list[Any]:
+    """Controls of what `_Page.ask` takes after the question, in its order."""
+    longest = max(2, window // 2)
+    return [
+        gr.Slider(1, longest, value=usual, step=1, label="Most tokens of an answer", elem_id="budget"),
+        gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: most likely token)"),
+        gr.Slider(0.05, 1, value=1, step=0.05, label="Top p"),
+        gr.Number(0, precision=0, minimum=0, label="Seed"),
+    ]
 
 
 def launch_demo(blocks: gradio.Blocks, host: str, port: int, *, wait: bool = True) -> None:
@@ -155,7 +190,7 @@ def launch_demo(blocks: gradio.Blocks, host: str, port: int, *, wait: bool = Tru
     blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=not wait,
         max_file_size=MAX_FILE_BYTES, allowed_paths=[], enable_monitoring=False, ssr_mode=False, mcp_server=False,
-        pwa=False, run_history=False, footer_links=[], inbrowser=False, css=_CSS, theme=gr.themes.Base(**_FONTS),
+        pwa=False, run_history=False, footer_links=[], inbrowser=False, css=CSS, theme=gr.themes.Base(**_FONTS),
     )  # fmt: skip
 
 
@@ -171,9 +206,3 @@ def require_gradio() -> Any:
     except ImportError:
         raise ModelError("the page needs gradio: pip install 'longlora[demo]'") from None
     return gradio
-
-
-def _state(line: str, *, refused: bool = False, share: float = 0.0) -> str:
-    """A line for a person as HTML, with a bar if something is partly full or partly read."""
-    bar = f'<div class="bar"><div style="width: {min(1.0, share):.1%}"></div></div>' if share else ""
-    return f'<div class="state{" refused" if refused else ""}" role="status">{escape(line)}{bar}</div>'

@@ -35,10 +35,10 @@ def locate(name: str) -> Source:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return Source("model", name)
+    if (folder / "config.json").is_file():  # first: a fully fine-tuned model has a sidecar too
+        return Source("model", str(folder))
     if (folder / SIDECAR).is_file():
         return Source("adapter", str(folder))
-    if (folder / "config.json").is_file():
-        return Source("model", str(folder))
     if (folder / "adapter_config.json").is_file():
         raise RunFolderError(
             f"{folder} is an adapter without {SIDECAR}, so its RoPE and base model are not known: merge it with the "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from longlora.config import ModelConfig
 from longlora.errors import ModelError
 from longlora.inference.address import require_free
 from longlora.inference.load import locate
+from longlora.model.build import load_config
 
 
 def served_model(name: str) -> str:
@@ -27,6 +29,16 @@ def served_model(name: str) -> str:
     if "@" in source.name and Path(source.name).exists():
         raise ModelError(f"transformers serve takes what follows @ in {source.name} for a revision: rename the folder")
     return source.name
+
+
+def served_window(name: str) -> int | None:
+    """Tokens that the model handles, if its config says so: the server itself takes longer prompts without a word.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    config = load_config(ModelConfig(name_or_path=name)).get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
 
 
 def serve(model: str, host: str, port: int) -> None:

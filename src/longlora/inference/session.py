@@ -26,12 +26,12 @@ from transformers import (
 from longlora.attention.cached import cached_attention
 from longlora.attention.registry import is_sparse
 from longlora.errors import DataError, ModelError
-from longlora.evaluation.reading.cache import GrowingCache, read_on
-from longlora.evaluation.reading.order import common
 from longlora.inference.lengths import Lengths, Numbers
 from longlora.inference.prompt import Message, chat_tokens
 from longlora.inference.text_stream import TextStream
+from longlora.model.end_tokens import end_tokens
 from longlora.model.head import mixed_precision, output_head
+from longlora.model.kv_cache import GrowingCache, common, read_on
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LongSession:
         self.window = _window(model)
         self._model, self._tokenizer, self._chunk_tokens = model, tokenizer, chunk_tokens
         self._head = output_head(model)
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = end_tokens(model, tokenizer)
         self._cache = _new_cache(model, 0)
         self._kept: list[int] = []
         """Tokens that the cache holds."""
@@ -243,10 +243,3 @@ def _window(model: PreTrainedModel) -> int:
             "document may be: add it to config.json"
         )
     return int(window)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: those of the generation config and the tokenizer's end of text."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    return frozenset(int(token) for token in found if token is not None)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from longlora.config import AdapterConfig
 from longlora.errors import ModelError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapter(
@@ -96,8 +100,8 @@ def norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if _is_norm(module)]
 
 
-def cast_to_compute_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Keep activations in `dtype` although embeddings, norms and LoRA are trained in float32.
+def cast_to_compute_dtype(model: PeftModel | PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep activations in `dtype` although embeddings, norms and LoRA, or all weights, are trained in float32.
 
     That is half the memory, and each is converted once: left alone, autocast converts the float32 output of a norm for
     every linear layer that reads it, and PEFT converts it back for every LoRA. The model must run under autocast then.
@@ -118,6 +122,28 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
     except Exception as error:
         raise ModelError(f"adapter {folder} cannot be loaded ({error}): train again or restore the folder") from error
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save everything that was trained as one safetensors file, and check that nothing is missing in it.
+
+    Raises:
+        ModelError: a trained parameter did not reach the file.
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+    # PEFT leaves the names of its wrappers and of the adapter out of the file.
+    wanted = {
+        name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
+        for name in trainable_names(model)
+    }
+    if missing := sorted(wanted - saved):
+        raise ModelError(
+            f"{folder}/{ADAPTER_WEIGHTS} lacks {len(missing)} of {len(wanted)} trained tensors, first "
+            f"{missing[0]}: this is a bug of longlora, please report it"
+        )
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -99,7 +99,7 @@ def _built(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, **o
             **options,
         )
     except Exception as error:
-        remedy = _remedy(model.name_or_path)
+        remedy = "set model.quantization=none" if options else _remedy(model.name_or_path)
         raise ModelError(f"model {model.name_or_path!r} cannot be built ({_first_line(error)}): {remedy}") from error
     if getattr(config, "rope_parameters", None):
         assert_rope_applied(built, config)

@@ -13,26 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import try_to_load_from_cache
-
 import longlora
-from longlora.artifacts import MANIFEST, RunFolder, new_folder, read_json, sha256_file, write_manifest
+from longlora.artifacts import RunFolder, new_folder, read_json, write_manifest
 from longlora.config import ModelConfig, Recipe
 from longlora.errors import ModelError, RunFolderError
-from longlora.model.build import load_config, load_tokenizer
-from longlora.model.card import CardFacts, ShardFacts, TrainingFacts, model_card
+from longlora.model.build import load_tokenizer
+from longlora.model.card import TrainingFacts, model_card
+from longlora.model.card_facts import CARD, read_card_facts
 from longlora.model.gguf_export import Converter, GgufFacts, write_gguf
-from longlora.model.merge import merge_adapter
+from longlora.model.merge import already_whole, merge_adapter
 from longlora.model.read_back import ReadBack, read_back
-from longlora.model.serving import command_lines, modelfile
+from longlora.model.serving import answer_end, command_lines, modelfile
 from longlora.model.sidecar import Sidecar, read_sidecar
 
-CARD, MODELFILE, _CONFIG = "README.md", "Modelfile", "config.json"
+MODELFILE, _CONFIG, _GENERATION = "Modelfile", "config.json", "generation_config.json"
 # What an ordinary model folder holds; anything else that lies in merged/ is left behind.
 _MODEL_FILES = (
     _CONFIG,
-    "generation_config.json",
+    _GENERATION,
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer*.json",
@@ -46,7 +44,6 @@ _MODEL_FILES = (
 )
 # Names under which configs and tokenizers remember where they were read.
 _ORIGINS = ("_name_or_path", "_model_name_or_path", "name_or_path")
-_LICENCE = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True)
@@ -79,27 +76,49 @@ def export_run(
 
     Raises:
         ModelError: the model cannot be merged, or what was written is not what the run trained; nothing is kept.
-        RunFolderError: `output` exists, or the run has no adapter or a damaged merged/.
+        RunFolderError: `output` exists or is a folder that the run writes, or the run has no adapter or a damaged
+            merged/.
     """
-    sidecar = read_sidecar(run.adapter)
-    name = output.resolve().name
+    _require_own_place(run, output)
+    if recipe.adapter.method == "full":
+        already_whole(run.merged)
+    sidecar = read_sidecar(run.trained)
+    name, length = output.resolve().name, sidecar.context_length
+    gguf_name = f"{name}-{converter.kind}.gguf" if converter else None
     with new_folder(output) as folder:
         _take_model(run, folder)
         _rewrite_configs(folder, legacy_rope=legacy_rope)
         model = read_back(folder, sidecar)
         tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder)))
-        gguf_name = f"{name}-{converter.kind}.gguf" if converter else None
-        here = command_lines(".", sidecar.context_length, name, gguf_name)
-        facts = _card_facts(run, recipe, sidecar, model, name, training, evaluation, here)
+        if sidecar.chat_template is not None:
+            _end_answers(folder, answer_end(tokenizer))
+        facts = read_card_facts(
+            run,
+            recipe,
+            sidecar,
+            model,
+            tokenizer,
+            name=name,
+            legacy_rope=legacy_rope,
+            commands=command_lines(".", length, name, gguf_name),
+            training=training,
+            evaluation=evaluation,
+        )
         (folder / CARD).write_text(model_card(facts), encoding="utf-8")
         gguf = None
         if converter and gguf_name:
             gguf = write_gguf(converter, folder, folder / gguf_name, name, sidecar, model)
-            text = modelfile(gguf_name, sidecar.context_length, tokenizer)
-            (folder / MODELFILE).write_text(text, encoding="utf-8")
+            (folder / MODELFILE).write_text(modelfile(gguf_name, length, tokenizer), encoding="utf-8")
         _require_no_paths(folder, _private(run, sidecar))
         write_manifest(folder, schema=1, longlora=longlora.__version__)
-    return Exported(output, model, gguf, command_lines(str(output), sidecar.context_length, name, gguf_name))
+    return Exported(output, model, gguf, command_lines(str(output), length, name, gguf_name))
+
+
+def _require_own_place(run: RunFolder, output: Path) -> None:
+    place = output.resolve()
+    for own in (run.merged, run.adapter, run.checkpoints, run.train_shard.parent, run.evaluation("base").parent):
+        if place.is_relative_to(own.resolve()):
+            raise RunFolderError(f"output folder {output} is where the run keeps {own.name}/: name another one")
 
 
 def _take_model(run: RunFolder, folder: Path) -> None:
@@ -136,6 +155,18 @@ def _rewrite_configs(folder: Path, *, legacy_rope: bool) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _end_answers(folder: Path, token: int | None) -> None:
+    """Let generation end where an answer did in training; the base model may only know the end of a text."""
+    path = folder / _GENERATION
+    values = read_json(path, "remove merged/ and run `longlora merge` again") if path.exists() else {}
+    ends = values.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    if token is None or token in known:
+        return
+    values["eos_token_id"] = [*known, token]
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def legacy_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` for the ``rope_parameters`` of a config file.
 
@@ -150,72 +181,6 @@ def legacy_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if "partial_rotary_factor" in parameters:
         keys["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     return keys
-
-
-def _card_facts(
-    run: RunFolder,
-    recipe: Recipe,
-    sidecar: Sidecar,
-    model: ReadBack,
-    name: str,
-    training: TrainingFacts | None,
-    evaluation: str | None,
-    commands: Mapping[str, str],
-) -> CardFacts:
-    shards = {"training": run.train_shard, "held out": run.heldout_shard}
-    found = {label: _shard(path) for label, path in shards.items() if (path / MANIFEST).exists()}
-    return CardFacts(
-        name=name,
-        base_model=_shown(sidecar.base_model),
-        front=_front_matter(sidecar),
-        sidecar=sidecar,
-        recipe=recipe,
-        rope_before=_rope_before(sidecar),
-        tensors=model.tensors,
-        parameters=model.parameters,
-        shards=found,
-        training=training,
-        evaluation=evaluation,
-        commands=commands,
-        version=longlora.__version__,
-    )
-
-
-def _shown(model: str) -> str:
-    """A hub id as it is; of a local folder only its name."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
-def _rope_before(sidecar: Sidecar) -> dict[str, Any] | None:
-    try:
-        config = load_config(ModelConfig(name_or_path=sidecar.base_model, revision=sidecar.base_revision))
-    except ModelError:  # the base model is not at hand any more; the export does not need it
-        return None
-    return getattr(config, "rope_parameters", None)
-
-
-def _front_matter(sidecar: Sidecar) -> dict[str, Any]:
-    """Licence and language of the base model's card, where it lies on this machine; nothing is downloaded."""
-    if Path(sidecar.base_model).is_absolute():
-        card: Any = Path(sidecar.base_model) / CARD
-    else:
-        card = try_to_load_from_cache(sidecar.base_model, CARD, revision=sidecar.base_revision)
-    try:
-        text = Path(card).read_text(encoding="utf-8") if isinstance(card, str | Path) else ""
-        values = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
-        return {}
-    return {key: values[key] for key in _LICENCE if key in values} if isinstance(values, dict) else {}
-
-
-def _shard(path: Path) -> ShardFacts:
-    remedy = "run `longlora prepare` again"
-    values = read_json(path / MANIFEST, remedy)
-    try:
-        names = tuple(_shown(str(name)) for name in values.get("names", ()))
-        return ShardFacts(int(values["documents"]), int(values["tokens"]), names, sha256_file(path / MANIFEST))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(f"{path / MANIFEST} is damaged ({error!r}): {remedy}") from None
 
 
 def _private(run: RunFolder, sidecar: Sidecar) -> list[str]:

@@ -35,6 +35,10 @@ _REMEDY = (
 # Architectures of which the converter writes every tensor as it is: none is stacked, cut or left out.
 _ONE_TO_ONE = ("llama", "qwen2", "qwen3")
 _FREQUENCIES = "rope_freqs.weight"
+# Bounds of yarn where a config does not name them, the same in transformers and llama.cpp.
+_YARN_BETAS = (32.0, 1.0)
+# What transformers reads of yarn and llama.cpp not, or not as the same (it multiplies its own factor of attention).
+_YARN_USUAL = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
 # GGUF keeps numbers in float32.
 _TOLERANCE = 1e-6
 
@@ -58,6 +62,7 @@ class GgufFacts:
     rope_factor: float | None
     rope_base: float | None
     original_context_length: int | None
+    yarn_betas: tuple[float, float]
     tensors: int
     parameters: int
     vocabulary: int
@@ -146,6 +151,10 @@ def read_gguf(path: Path) -> tuple[GgufFacts, torch.Tensor | None]:
             rope_factor=_number(own.get("rope.scaling.factor")),
             rope_base=_number(own.get("rope.freq_base")),
             original_context_length=own.get("rope.scaling.original_context_length"),
+            yarn_betas=(
+                float(own.get("rope.scaling.yarn_beta_fast", _YARN_BETAS[0])),
+                float(own.get("rope.scaling.yarn_beta_slow", _YARN_BETAS[1])),
+            ),
             tensors=len(reader.tensors),
             parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
             vocabulary=len(values["tokenizer.ggml.tokens"]),
@@ -181,6 +190,10 @@ def _differences(facts: GgufFacts, sidecar: Sidecar, config: PreTrainedConfig, m
     if kind == "yarn":
         pretrained = rope["original_max_position_embeddings"]
         pairs.append(("context before scaling", facts.original_context_length, pretrained))
+        betas = rope.get("beta_fast") or _YARN_BETAS[0], rope.get("beta_slow") or _YARN_BETAS[1]
+        pairs += [("bounds of yarn", *both) for both in zip(facts.yarn_betas, betas, strict=True)]
+        read = ((key, rope.get(key, usual), usual) for key, usual in _YARN_USUAL.items())
+        pairs += [(f"{key} of yarn as llama.cpp reads it", usual, wanted) for key, wanted, usual in read]
     extra = expected_frequencies(config)[0].numel() if kind == "llama3" else 0
     pairs.append(("parameters", facts.parameters, model.parameters + extra))
     if facts.architecture in _ONE_TO_ONE:

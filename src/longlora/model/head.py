@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from longlora.errors import ModelError
 
+_HALF = {torch.bfloat16, torch.float16}
+
 
 class OutputHead(nn.Module):
     """Hidden states [t, C] -> logits [t, V], with the scaling and soft cap that some architectures apply after it."""
@@ -34,8 +36,11 @@ class OutputHead(nn.Module):
 
 
 @torch.no_grad()
-def output_head(model: PreTrainedModel) -> OutputHead:
+def output_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> OutputHead:
     """The head of `model`, after checking on a few tokens that it gives the model's own logits.
+
+    Args:
+        dtype: what `model` computes in, as `mixed_precision` takes it.
 
     Raises:
         ModelError: the architecture does something else between hidden states and logits.
@@ -46,7 +51,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     try:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         tokens = (torch.arange(8, device=model.device) * 7919 % vocabulary)[None]
-        with mixed_precision(model):
+        with mixed_precision(model, dtype):
             expected = model(input_ids=tokens, use_cache=False).logits.float()
             made = head(hidden_states(model, tokens)).float()
     finally:
@@ -64,16 +69,19 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return head
 
 
-def mixed_precision(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Autocast for a model whose frozen weights are in 16 bits and whose trained ones are in float32; else nothing.
+def mixed_precision(model: nn.Module, dtype: torch.dtype | None = None) -> contextlib.AbstractContextManager[object]:
+    """Autocast for a model that computes in 16 bits and whose trained weights are in float32; else nothing.
 
     Without it the float32 output of a trained norm meets the 16-bit weights of the next frozen layer and raises.
+
+    Args:
+        dtype: what it computes in; None means that of its 16-bit weights, if it has any.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    half = dtypes & {torch.bfloat16, torch.float16}
-    if len(dtypes) < 2 or not half:
+    computed = dtype or next(iter(dtypes & _HALF), torch.float32)
+    if computed not in _HALF or dtypes == {computed}:
         return contextlib.nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype=half.pop())
+    return torch.autocast(next(model.parameters()).device.type, dtype=computed)
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from longlora.memory.embeddings import free_frozen_embeddings
 from longlora.memory.tiled_mlp import tile_mlps
 from longlora.model.adapters import norms
 from longlora.model.head import mixed_precision
+from longlora.model.trainable import TrainedModel, base_of
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 """Names of `train.optimizer` -> those of transformers."""
@@ -49,23 +50,24 @@ def check_levers(recipe: Recipe, device: torch.device) -> None:
     _checkpointing_arguments(recipe)
 
 
-def apply_memory_levers(model: PeftModel, recipe: Recipe, *, probe: bool = True) -> None:
+def apply_memory_levers(model: TrainedModel, recipe: Recipe, *, probe: bool = True) -> None:
     """Apply every lever that acts on the model.
 
     Args:
-        model: the model as it is trained, with its adapter.
+        model: the model as it is trained.
         recipe: says which levers.
         probe: try out on a few tokens what cannot be read from the code; false for tensors without values.
 
     Raises:
         ModelError: the architecture cannot do what the recipe asks for.
     """
-    base = model.get_base_model()
-    free_frozen_embeddings(model)
+    base = base_of(model)
+    if isinstance(model, PeftModel):
+        free_frozen_embeddings(model)
     if recipe.train.liger_kernels:
         _use_liger_kernels(base)
     if recipe.train.mlp_tile_tokens is not None:
-        with mixed_precision(model):
+        with mixed_precision(model, getattr(torch, recipe.model.dtype)):
             tile_mlps(base, recipe.train.mlp_tile_tokens, probe=probe)
     if recipe.train.compile_norms:
         for module in norms(base):
@@ -82,6 +84,14 @@ def _need_cuda(setting: str, device: torch.device, reason: str) -> None:
 def _need_package(setting: str, module: str, requirement: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ModelError(f"{setting} needs the package {module}, which is not installed: pip install '{requirement}'")
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # packages with binaries for certain machines fail in ways of their own
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(
+            f"{setting} needs the package {module}, which cannot be imported here ({reason}): install one that fits "
+            f"with pip install '{requirement}', or leave {setting.partition('=')[0]} out"
+        ) from error
 
 
 def _need_compiler() -> None:

@@ -1,4 +1,4 @@
-"""Adapter + base -> an ordinary Hugging Face model, verified, that any inference engine can serve.
+"""What was trained + base -> an ordinary Hugging Face model, verified, that any inference engine can serve.
 
 Engines such as vLLM and llama.cpp refuse adapters that carry embeddings and norms, so the way to serve is the merge.
 Its ``config.json`` carries the new context and RoPE; nothing of longlora is needed to load it.
@@ -7,19 +7,22 @@ Its ``config.json`` carries the new context and RoPE; nothing of longlora is nee
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longlora.artifacts import new_folder, verify_manifest
+from longlora.artifacts import new_folder, verify_manifest, write_manifest
 from longlora.config import ModelConfig
 from longlora.errors import ModelError, RunFolderError
 from longlora.model.adapters import load_adapter
 from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
-from longlora.model.sidecar import Sidecar, read_sidecar
+from longlora.model.sidecar import Sidecar, read_sidecar, write_sidecar
+from longlora.model.trainable import TrainedModel, base_of, copy_weights
 
 _PROBE_TOKENS = 128
 # Largest difference of float32 logits, as a part of their spread, that merging by addition may cause.
@@ -35,18 +38,18 @@ class MergeCheck:
     """What was measured on a probe of 128 tokens, in float32 arithmetic. KL divergences in nats per token."""
 
     adapter_to_merged: float
-    """Largest difference of logits between adapter and merged float32 weights."""
+    """Largest difference of logits between adapter and merged float32 weights; 0 where there is no adapter."""
     merged_to_reloaded: float
     """Largest difference of logits between the rounded weights in memory and read back; 0 if the files are right."""
     kl_rounding: float
-    """KL(adapter || reloaded): what rounding to the saved data type costs."""
+    """KL(trained || reloaded): what rounding to the saved data type costs."""
     kl_training: float
-    """KL(adapter || base with rescaled RoPE): what training changed; a merge that did nothing would show here."""
+    """KL(trained || base with rescaled RoPE): what training changed; a merge that did nothing would show here."""
 
     def summary(self) -> str:
         """One line for a person."""
         return (
-            f"logits differ by at most {self.adapter_to_merged:.1e} from the adapter's in float32 and by "
+            f"logits differ by at most {self.adapter_to_merged:.1e} from the trained ones in float32 and by "
             f"{self.merged_to_reloaded:.1e} after reading back; rounding to the saved type costs KL "
             f"{self.kl_rounding:.1e}, training changed {self.kl_training:.1e}"
         )
@@ -62,8 +65,56 @@ def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
         RunFolderError: `output` exists, or the adapter folder is damaged.
     """
     sidecar = _verified_sidecar(adapter)
-    if output.exists():
-        raise RunFolderError(f"output folder {output} already exists: name another one or remove it")
+    with new_folder(output) as folder:
+        return _write_checked(sidecar, lambda base: load_adapter(base, str(adapter)), folder)
+
+
+def write_whole_model(weights: dict[str, Tensor], sidecar: Sidecar, output: Path, *, step: int) -> MergeCheck:
+    """Write a fully fine-tuned model into `output`, a folder that must not exist, verified like a merged one.
+
+    The sidecar and a manifest lie beside the model: they make it what a run trained (`RunFolder.trained`).
+
+    Args:
+        weights: what `trained_weights` gives; they and the base model's are in memory in float32 at one time.
+
+    Raises:
+        ModelError: the files do not compute what `weights` do, or training changed nothing.
+        RunFolderError: `output` exists.
+    """
+
+    def with_weights(base: PreTrainedModel) -> PreTrainedModel:
+        copy_weights(base, weights, "the trained model")
+        return base
+
+    with new_folder(output) as folder:
+        check = _write_checked(sidecar, with_weights, folder)
+        write_sidecar(folder, sidecar)
+        write_manifest(folder, schema=1, step=step)
+    return check
+
+
+def already_whole(folder: Path) -> str:
+    """What there is to say of merging a fully fine-tuned run, whose merged/ is `folder`.
+
+    Raises:
+        RunFolderError: there is no model yet, or it is damaged.
+    """
+    if not folder.is_dir():
+        raise RunFolderError(
+            f"{folder} does not exist: the run is fully fine-tuned, so that `longlora train` or `resume` writes it"
+        )
+    verify_manifest(folder, "the model is damaged; remove it and `longlora resume`, or train again")
+    return (
+        f"nothing to merge: the run was fully fine-tuned, {folder} is the whole model already, and its files are whole"
+    )
+
+
+def _write_checked(sidecar: Sidecar, train: Callable[[PreTrainedModel], TrainedModel], folder: Path) -> MergeCheck:
+    """Write the base model with what was trained into `folder`, and compare it with what `train` makes of the base.
+
+    Args:
+        train: puts what was trained on the base model or into it.
+    """
     source = _source(sidecar)
     tokenizer = load_tokenizer(source)
     if tokenizer_hash(tokenizer) != sidecar.tokenizer_sha256:
@@ -74,32 +125,31 @@ def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
     base = _base_in_float32(source, sidecar)
     probe = _probe(base)
     base_logits = _logits(base, probe)
-    wrapped = load_adapter(base, str(adapter))
-    trained_logits = _logits(wrapped.get_base_model(), probe)
-    merged = _unwrapped(wrapped.merge_and_unload())
+    trained = train(base)
+    trained_logits = _logits(base_of(trained), probe)
+    merged = _merged(trained)
     merged_logits = _logits(merged, probe)
     _require_close(trained_logits, merged_logits)
 
     _round_weights(merged, getattr(torch, sidecar.dtype))
-    with new_folder(output) as folder:
-        merged.save_pretrained(folder)
-        tokenizer.model_max_length = sidecar.context_length
-        tokenizer.chat_template = sidecar.chat_template or tokenizer.chat_template
-        tokenizer.save_pretrained(folder)
-        _round_weights(merged, torch.float32)
-        rounded_logits = _logits(merged, probe)
-        del base, wrapped, merged
-        gc.collect()
-        reloaded = load_model(ModelConfig(name_or_path=str(folder)), dtype=torch.float32)
-        _require_self_describing(reloaded, sidecar)
-        reloaded_logits = _logits(reloaded, probe)
-        check = MergeCheck(
-            adapter_to_merged=_difference(trained_logits, merged_logits),
-            merged_to_reloaded=_difference(rounded_logits, reloaded_logits),
-            kl_rounding=_kl(trained_logits, reloaded_logits),
-            kl_training=_kl(trained_logits, base_logits),
-        )
-        _require_sound(check)
+    merged.save_pretrained(folder)
+    tokenizer.model_max_length = sidecar.context_length
+    tokenizer.chat_template = sidecar.chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    _round_weights(merged, torch.float32)
+    rounded_logits = _logits(merged, probe)
+    del base, trained, merged
+    gc.collect()
+    reloaded = load_model(ModelConfig(name_or_path=str(folder)), dtype=torch.float32)
+    _require_self_describing(reloaded, sidecar)
+    reloaded_logits = _logits(reloaded, probe)
+    check = MergeCheck(
+        adapter_to_merged=_difference(trained_logits, merged_logits),
+        merged_to_reloaded=_difference(rounded_logits, reloaded_logits),
+        kl_rounding=_kl(trained_logits, reloaded_logits),
+        kl_training=_kl(trained_logits, base_logits),
+    )
+    _require_sound(check)
     return check
 
 
@@ -108,7 +158,7 @@ def merged_model(adapter: Path) -> PreTrainedModel:
     sidecar = _verified_sidecar(adapter)
     source = _source(sidecar)
     base = _base_in_float32(source, sidecar)
-    merged = _unwrapped(load_adapter(base, str(adapter)).merge_and_unload())
+    merged = _merged(load_adapter(base, str(adapter)))
     _round_weights(merged, getattr(torch, sidecar.dtype))
     return merged.eval()
 
@@ -138,7 +188,10 @@ def _base_in_float32(source: ModelConfig, sidecar: Sidecar) -> PreTrainedModel:
     return base
 
 
-def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+def _merged(trained: TrainedModel) -> PreTrainedModel:
+    if not isinstance(trained, PeftModel):
+        return trained
+    model: PreTrainedModel = trained.merge_and_unload()
     if getattr(model, "peft_config", None) is not None:
         del model.peft_config
     return model
@@ -182,7 +235,7 @@ def _require_self_describing(reloaded: PreTrainedModel, sidecar: Sidecar) -> Non
 
 def _require_sound(check: MergeCheck) -> None:
     if check.kl_training <= 1e-9:
-        raise ModelError("the adapter does not change the base model's output: nothing was trained; not written")
+        raise ModelError("training does not change the base model's output: nothing was trained; not written")
     if check.merged_to_reloaded > 1e-4:
         raise ModelError(f"files read back differ by {check.merged_to_reloaded:.3g} in their logits: not written")
     limit = max(_ROUNDING_TOLERANCE * check.kl_training, 1e-4)

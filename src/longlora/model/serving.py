@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, str]
@@ -69,33 +69,52 @@ _FORMATS = (
     ChatFormat("[INST] with blanks", "", "[INST] {} [/INST]", "", "", ("[INST]", "[/INST]")),
 )
 _QUESTION: Message = {"role": "user", "content": "longlora-question"}
+_ANSWER: Message = {"role": "assistant", "content": "longlora-answer"}
 _RULES: Message = {"role": "system", "content": "longlora-rules"}
+
+
+def prompt_of(tokenizer: Any) -> str | None:
+    """A question as the chat template writes it, ready for an answer; None where there is no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    return _rendered(tokenizer, [{"role": "user", "content": "Your question"}])
+
+
+def answer_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an answer; None where it writes none."""
+    whole = _rendered(tokenizer, [_QUESTION, _ANSWER], prompt=False)
+    _, found, rest = (whole or "").rpartition(_ANSWER["content"])
+    tokens = tokenizer(rest, add_special_tokens=False).input_ids if found and rest else []
+    if not tokens:
+        return None
+    added = tokenizer.added_tokens_decoder.get(tokens[0])
+    return int(tokens[0]) if added is not None and added.special else None
 
 
 def known_format(tokenizer: Any) -> tuple[ChatFormat, str | None] | None:
     """The known format that `tokenizer`'s chat template writes, and the system text it adds on its own.
 
-    Found by rendering a conversation, not by looking at the template; None where no known format writes the same.
+    Found by rendering conversations, not by looking at the template; None where no known format writes the same.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    alone, ruled = _rendered(tokenizer, [_QUESTION]), _rendered(tokenizer, [_RULES, _QUESTION])
+    ruled = _rendered(tokenizer, [_RULES, _QUESTION])
     start = tokenizer.bos_token or ""
-    for form in _FORMATS:
+    for form in (*_FORMATS, *(replace(form, end=tokenizer.eos_token or "") for form in _FORMATS if not form.end)):
         for opening in ("", start):
             if form.system and ruled != form.written([_RULES, _QUESTION], opening):
                 continue
-            if alone == form.written([_QUESTION], opening):
-                return form, None
-            added = _added_system(form, alone, opening)
-            if added is not None:
+            added = _added_system(form, _rendered(tokenizer, [_QUESTION]), opening)
+            system = [] if added is None else [{"role": "system", "content": added}]
+            talks = ([_QUESTION], [_QUESTION, _ANSWER, _QUESTION])
+            if all(_rendered(tokenizer, talk) == form.written([*system, *talk], opening) for talk in talks):
                 return form, added
     return None
 
 
-def _rendered(tokenizer: Any, messages: list[Message]) -> str | None:
+def _rendered(tokenizer: Any, messages: list[Message], *, prompt: bool = True) -> str | None:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except Exception:  # a template may refuse a system message, or anything else
         return None
 
@@ -114,12 +133,15 @@ def modelfile(gguf_name: str, context_length: int, tokenizer: Any) -> str:
     """Ollama's Modelfile beside a GGUF file.
 
     Without ``num_ctx`` Ollama runs a short window, silently. Where the chat template is of no known format, TEMPLATE
-    is left out and Ollama goes by the template inside the GGUF file.
+    is left out: Ollama then takes the one in the GGUF file if it knows it, and else sends the bare prompt.
     """
     lines = [f"FROM ./{gguf_name}", f"PARAMETER num_ctx {context_length}"]
     found = known_format(tokenizer)
     if found is None:
-        lines.append("# The chat template is in the GGUF file; it is of no format that longlora can write for Ollama.")
+        lines.append(
+            "# The chat template is of no format that longlora can write for Ollama: see that `ollama show --template` "
+            "gives it, or write it here."
+        )
         return "\n".join(lines) + "\n"
     form, system = found
     lines += [f'PARAMETER stop "{word}"' for word in form.stop]
@@ -132,14 +154,15 @@ def modelfile(gguf_name: str, context_length: int, tokenizer: Any) -> str:
 def command_lines(folder: str, context_length: int, name: str, gguf: str | None = None) -> dict[str, str]:
     """Engine -> command line; `folder` is where the files lie, `gguf` the name of a GGUF file in it.
 
-    RoPE is in the files, so no command overrides it: only the length of the window has to be said.
+    RoPE is in the files, so no command overrides it: only the length of the window has to be said. vLLM would multiply
+    it by the factor of linear or yarn, llama-server may cut it into slots.
     """
     place = "." if folder == "." else folder.rstrip("/")
     lines = {"vLLM": f"vllm serve {shlex.quote(place)} --max-model-len {context_length}"}
     if gguf is None:
         return lines
     inside = gguf if place == "." else f"{place}/{gguf}"
-    lines["llama.cpp"] = f"llama-server -m {shlex.quote(inside)} -c {context_length}"
+    lines["llama.cpp"] = f"llama-server -m {shlex.quote(inside)} -c {context_length} -np 1"
     modelfile_path = "Modelfile" if place == "." else f"{place}/Modelfile"
     model = ollama_name(name)
     lines["Ollama"] = f"ollama create {model} -f {shlex.quote(modelfile_path)} && ollama run {model}"

@@ -1,7 +1,8 @@
-"""``longlora.json`` beside an adapter: what must be known before the base model is loaded under it.
+"""``longlora.json`` beside what was trained: what must be known before the base model is loaded under an adapter.
 
 An adapter alone is not enough: with the old RoPE it is read on the wrong model, silently. The sidecar holds RoPE,
-context, S2-Attn settings, the base model and the tokenizer it was trained with.
+context, S2-Attn settings, the base model and the tokenizer it was trained with. A fully fine-tuned model has one too,
+for what its own config does not tell.
 """
 
 from __future__ import annotations
@@ -72,12 +73,12 @@ class Sidecar:
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
-    """Write ``longlora.json`` into an adapter folder."""
+    """Write ``longlora.json`` into the folder of what was trained."""
     write_json(folder / SIDECAR, asdict(sidecar))
 
 
 def read_sidecar(folder: Path) -> Sidecar:
-    """The sidecar of an adapter folder.
+    """The sidecar of what was trained: an adapter folder, or merged/ of a fully fine-tuned run.
 
     Raises:
         RunFolderError: it is missing, damaged, or of a schema this version does not know.

@@ -18,11 +18,12 @@ from longlora.attention.backends import attend
 from longlora.attention.pattern import WindowPattern
 from longlora.config import Recipe, build_recipe
 from longlora.memory.chunked_loss import chunked_loss
-from longlora.model.adapters import add_adapter, cast_to_compute_dtype
+from longlora.model.adapters import cast_to_compute_dtype
 from longlora.model.attention import apply_attention
 from longlora.model.build import device_for_run
 from longlora.model.head import OutputHead, hidden_states
 from longlora.model.levers import apply_memory_levers
+from longlora.model.trainable import make_trainable
 from longlora.planning.flops import Flops, score_flops, step_flops
 from longlora.planning.machines import Machine
 from longlora.planning.outline import AttentionLayer, Outline, outline
@@ -122,7 +123,7 @@ def _step_seconds(config: PreTrainedConfig, recipe: Recipe, tokens: int) -> floa
     """Forward and backward of one micro batch."""
     device, dtype = device_for_run(), getattr(torch, recipe.model.dtype)
     base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).to(device)
-    model = add_adapter(base, recipe.adapter)
+    model = make_trainable(base, recipe.adapter)
     cast_to_compute_dtype(model, dtype)
     apply_memory_levers(model, recipe)
     apply_attention(model, recipe.attention, tokens)

@@ -76,6 +76,7 @@ def step_flops(model: Outline, train: TrainConfig, tokens: int, sequences: int |
     computes its gradients right away and recomputes nothing.
     """
     one = forward_flops(model, tokens)
+    weights = 2 if model.layers_trained else 1
     sequences = train.micro_batch_size * train.grad_accum_steps if sequences is None else sequences
     again = 1 / train.activation_checkpointing_every if train.activation_checkpointing else 0.0
     # A tiled MLP is computed again in any case, but never a third time.
@@ -86,8 +87,8 @@ def step_flops(model: Outline, train: TrainConfig, tokens: int, sequences: int |
     )
     backward = Flops(
         attention_scores=one.attention_scores * _SCORES_BACKWARD,
-        attention_projections=one.attention_projections,
-        mlp=one.mlp,
+        attention_projections=weights * one.attention_projections,
+        mlp=weights * one.mlp,
         lora=2 * one.lora,
         output_head=one.output_head * (2 if model.head_trained else 1),
     )

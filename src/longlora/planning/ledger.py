@@ -6,10 +6,11 @@ import weakref
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from longlora.model.trainable import TrainedModel
 
 Kind = Literal["frozen", "copied", "trained", "gradients", "saved", "temporary"]
 """What a storage is for: `copied` are the originals of embeddings and norms that PEFT keeps beside the trained ones,
@@ -38,7 +39,7 @@ class Ledger(TorchDispatchMode):
         self._live: Bytes = dict.fromkeys(get_args(Kind), 0.0)
         self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
 
-    def own(self, model: PeftModel, *, with_gradients: bool) -> None:
+    def own(self, model: TrainedModel, *, with_gradients: bool) -> None:
         """Enter the weights, and the gradients that an earlier micro batch left behind."""
         for name, parameter in model.named_parameters():
             kind: Kind = "copied" if ".original_module." in name else "frozen"

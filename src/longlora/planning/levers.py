@@ -57,10 +57,11 @@ def levers(recipe: Recipe, *, cuda: bool) -> list[Lever]:
         add(coarser, {"train.mlp_tile_tokens": tile}, "temporary", "saved_activations")
     add(cuda and train.optimizer == "adamw", {"train.optimizer": "adamw_8bit"}, "optimizer")
     add(cuda and not train.activation_offload, {"train.activation_offload": True}, "saved_activations")
-    add(cuda and recipe.model.quantization == "none", {"model.quantization": "nf4"}, "frozen_weights")
+    full = recipe.adapter.method == "full"  # no weight is frozen then
+    add(cuda and not full and recipe.model.quantization == "none", {"model.quantization": "nf4"}, "frozen_weights")
     if recipe.model.dtype == "float32":
         pulled.append(Lever({"model.dtype": "bfloat16"}, ("frozen_weights", "temporary"), automatic=False))
-    if recipe.adapter.train_embeddings and recipe.adapter.embedding_rows == "all":
+    if not full and recipe.adapter.train_embeddings and recipe.adapter.embedding_rows == "all":
         rows = {"adapter.embedding_rows": "occurring"}
         pulled.append(Lever(rows, ("trained_weights", "gradients", "optimizer"), automatic=False))
     return pulled

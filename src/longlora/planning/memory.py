@@ -124,7 +124,7 @@ def fits(memory: Memory, machine: Machine) -> bool:
 
 def optimizer_bytes(recipe: Recipe, model: Outline) -> int:
     """States of the optimizer; those of whole embeddings (and of norms, which are small) stay in 32 bits."""
-    small = model.lora if recipe.train.optimizer != "adamw" else 0
+    small = model.trained_matrices if recipe.train.optimizer != "adamw" else 0
     return (model.trained - small) * _ADAM_STATES + small * _ADAM_8BIT_STATES
 
 

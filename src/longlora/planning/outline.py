@@ -1,6 +1,6 @@
-"""The model of a recipe without weights: built on torch's meta device, with the adapter that training would add.
+"""The model of a recipe without weights: built on torch's meta device, with what training would add and train.
 
-In: a transformers config. Out: a PEFT model of meta tensors, and its `Outline`, which counts what FLOPs depend on.
+In: a transformers config. Out: a model of meta tensors, and its `Outline`, which counts what FLOPs depend on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -23,7 +22,8 @@ from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
 from longlora.config import AttentionConfig, Recipe
 from longlora.data.shards import open_shard
 from longlora.errors import ModelError
-from longlora.model.adapters import add_adapter
+from longlora.model.adapters import norms
+from longlora.model.trainable import TrainedModel, make_trainable
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class Outline:
     total: int
     """Parameters of the base model."""
     trained: int
-    """Parameters that get gradients: LoRA, and embeddings and norms in full."""
+    """Parameters that get gradients: LoRA, and embeddings and norms in full; or all."""
     lora: int
     """Those of them that LoRA adds."""
+    trained_matrices: int
+    """Those of them outside of embeddings and norms: what an 8-bit optimizer keeps its states of in 8 bits."""
     copied: int
     """Frozen originals of embeddings and norms that PEFT keeps beside the trained ones."""
     quantizable: int
@@ -58,16 +60,18 @@ class Outline:
     mlp_used: int
     head_used: int
     head_trained: bool
+    layers_trained: bool
+    """Whether the matrices of the layers themselves get gradients, and not only what LoRA puts beside them."""
     layers: tuple[AttentionLayer, ...]
 
 
-def meta_model(config: PreTrainedConfig, recipe: Recipe) -> PeftModel:
+def meta_model(config: PreTrainedConfig, recipe: Recipe) -> TrainedModel:
     """The model that training would make of `recipe`, without weights.
 
     Raises:
         ModelError: transformers cannot build a causal language model of the config.
     """
-    return add_adapter(meta_base(config, recipe.model.dtype), recipe.adapter, embedding_rows(recipe))
+    return make_trainable(meta_base(config, recipe.model.dtype), recipe.adapter, embedding_rows(recipe))
 
 
 def embedding_rows(recipe: Recipe) -> list[int] | None:
@@ -98,7 +102,7 @@ def meta_base(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
 
 
 def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
-    """Count the model of `config` with the adapter and the attention of `recipe`."""
+    """Count the model of `config` with what `recipe` trains of it, and its attention."""
     base = meta_base(config, recipe.model.dtype)
     total = sum(parameter.numel() for parameter in base.parameters())
     used = _used(base)
@@ -106,21 +110,26 @@ def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
     head = base.get_output_embeddings()
     head_used = head.weight.numel() if head is not None else 0
     linear = [m.weight for m in base.modules() if _is_linear(m) and m is not head]
-    adapted = add_adapter(base, recipe.adapter, embedding_rows(recipe))
+    quantizable = sum(weight.numel() for weight in {id(w): w for w in linear}.values())
+    largest = max((weight.numel() for weight in linear), default=0)
+    adapted = make_trainable(base, recipe.adapter, embedding_rows(recipe))
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     lora = sum(p.numel() for n, p in trained.items() if "lora_" in n)
     count = sum(p.numel() for p in trained.values())
+    whole = recipe.adapter.method == "full"
     return Outline(
         total=total,
         trained=count,
         lora=lora,
+        trained_matrices=_matrices(adapted) if whole else lora,
         copied=_copied(adapted),
-        quantizable=sum(weight.numel() for weight in {id(w): w for w in linear}.values()),
-        largest_matrix=max((weight.numel() for weight in linear), default=0),
+        quantizable=quantizable,
+        largest_matrix=largest,
         projections_used=used["projections"],
         mlp_used=used["mlp"],
         head_used=head_used,
         head_trained=head is not None and any(p is adapted.get_output_embeddings().weight for p in trained.values()),
+        layers_trained=whole,
         layers=layers,
     )
 
@@ -183,6 +192,14 @@ def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
 
     experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return experts, min(experts, first("num_experts_per_tok", "moe_topk", "moe_k"))
+
+
+def _matrices(model: TrainedModel) -> int:
+    """Trained elements outside of embeddings and norms; a head that is tied to embeddings is one of these."""
+    others = [module for module in model.modules() if isinstance(module, nn.Embedding)] + norms(model)
+    left_out = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(parameter.numel() for parameter in trained if id(parameter) not in left_out)
 
 
 def _copied(model: nn.Module) -> int:

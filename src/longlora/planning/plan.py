@@ -47,6 +47,7 @@ class Disk:
     checkpoints: int
     """Trained weights and optimizer states, for as many checkpoints as are kept and the one being written."""
     adapter: int
+    """0 with full fine-tuning, which makes none."""
     merged: int
 
 
@@ -210,4 +211,5 @@ def _disk(recipe: Recipe, model: Outline) -> Disk:
     train = recipe.train
     written = min(train.save_total_limit + 1, max(1, train.steps // train.save_steps))
     width = 2 if recipe.model.dtype == "bfloat16" else 4
-    return Disk(checkpoints=12 * model.trained * written, adapter=4 * model.trained, merged=width * model.total)
+    adapter = 0 if recipe.adapter.method == "full" else 4 * model.trained
+    return Disk(checkpoints=12 * model.trained * written, adapter=adapter, merged=width * model.total)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
@@ -30,6 +29,7 @@ from longlora.model.adapters import cast_to_compute_dtype
 from longlora.model.attention import apply_attention
 from longlora.model.head import OutputHead, hidden_states
 from longlora.model.levers import apply_memory_levers
+from longlora.model.trainable import TrainedModel, base_of
 from longlora.planning.ledger import Bytes, Kind, Ledger, Peaks, Phase
 from longlora.planning.outline import meta_model
 
@@ -143,7 +143,7 @@ def _rehearse(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
     with _fake_model(config, recipe) as model, Ledger() as ledger:
         ledger.own(model, with_gradients=recipe.train.grad_accum_steps > 1)
         ids_BT = torch.zeros(recipe.train.micro_batch_size, recipe.context.context_length, dtype=torch.long)
-        base = model.get_base_model()
+        base = base_of(model)
         mixed = recipe.model.dtype == "bfloat16"
         try:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
@@ -166,7 +166,7 @@ def _rehearse(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
 
 
 @contextlib.contextmanager
-def _fake_model(config: PreTrainedConfig, recipe: Recipe) -> Iterator[PeftModel]:
+def _fake_model(config: PreTrainedConfig, recipe: Recipe) -> Iterator[TrainedModel]:
     """The model of the recipe in training mode, with fake tensors on the CPU, inside the mode that makes them."""
     short = copy.deepcopy(config)
     with contextlib.suppress(ValueError):  # the default gathers each expert's tokens, whose number is not known
@@ -205,7 +205,7 @@ def _materialise(model: nn.Module) -> None:
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
-def _use_levers(model: PeftModel, recipe: Recipe) -> None:
+def _use_levers(model: TrainedModel, recipe: Recipe) -> None:
     """The levers that change tensors of a step on any device, as `apply_memory_levers` pulls them.
 
     Offloading is left to `memory.py`, and MLPs are tiled without trying them out, which fake tensors cannot do.
@@ -215,10 +215,10 @@ def _use_levers(model: PeftModel, recipe: Recipe) -> None:
     apply_memory_levers(model, here, probe=False)
 
 
-def _use_attention(model: PeftModel, recipe: Recipe) -> None:
+def _use_attention(model: TrainedModel, recipe: Recipe) -> None:
     """The recipe's attention, on any device."""
     settings = recipe.attention
-    layers = int(model.get_base_model().config.get_text_config(decoder=True).num_hidden_layers)
+    layers = int(base_of(model).config.get_text_config(decoder=True).num_hidden_layers)
     some = [layer for layer in settings.full_attention_layers if layer < layers]
     here = settings.model_copy(update={"full_attention_layers": some, "backend": "grouped"})
     apply_attention(model, here, recipe.context.context_length)

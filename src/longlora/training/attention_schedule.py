@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from longlora.attention.registry import describe_attention
 from longlora.config import Recipe
 from longlora.model.attention import apply_attention, full_attention_steps
+from longlora.model.trainable import TrainedModel
 
 
 class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
@@ -22,7 +22,7 @@ class AttentionSchedule(TrainerCallback):  # type: ignore[misc]
     The phase is decided by the number of the step alone, so that a resumed run does what an uninterrupted one does.
     """
 
-    def __init__(self, model: PeftModel, recipe: Recipe, console: Console) -> None:
+    def __init__(self, model: TrainedModel, recipe: Recipe, console: Console) -> None:
         self._model = model
         self._settings, self._context_length = recipe.attention, recipe.context.context_length
         self._first_full_step = _full_phase(recipe).start - 1  # counted from 0

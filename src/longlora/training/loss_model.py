@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss, token_losses
 from longlora.model.head import hidden_states, mixed_precision, output_head
+from longlora.model.trainable import TrainedModel, base_of
 
 
 class LossModel(nn.Module):
@@ -20,12 +20,13 @@ class LossModel(nn.Module):
     # step is cut into micro batches.
     accepts_loss_kwargs = True
 
-    def __init__(self, peft_model: PeftModel, chunk_tokens: int) -> None:
+    def __init__(self, model: TrainedModel, chunk_tokens: int, dtype: torch.dtype) -> None:
+        """`chunk_tokens` get logits at one time; `dtype` is what `model` computes in, whatever its weights are."""
         super().__init__()
-        self.peft_model = peft_model
-        self._chunk_tokens = chunk_tokens
+        self.model = model
+        self._chunk_tokens, self._dtype = chunk_tokens, dtype
         # In a tuple, so that the head's parameters are not registered a second time.
-        self._head = (output_head(peft_model.get_base_model()),)
+        self._head = (output_head(base_of(model), dtype),)
 
     def forward(
         self,
@@ -52,7 +53,7 @@ class LossModel(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, loss_weights: Tensor | None = None
     ) -> tuple[float, float]:
         """Weighted sum of the losses of a batch, and sum of the weights; arguments as in `forward`, no gradients."""
-        with mixed_precision(self.peft_model):
+        with mixed_precision(self.model, self._dtype):
             hidden_tC, labels_t, weights_t = self._predicting(input_ids, position_ids, labels, loss_weights)
             losses_t = token_losses(hidden_tC, labels_t, self._head[0], self._chunk_tokens).double()
         total = losses_t.sum() if weights_t is None else (losses_t * weights_t).sum()
@@ -62,7 +63,7 @@ class LossModel(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, loss_weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states, labels and weights, flat; without the positions that predict nothing where these prevail."""
-        hidden_tC = hidden_states(self.peft_model.get_base_model(), input_ids, position_ids).flatten(0, 1)
+        hidden_tC = hidden_states(base_of(self.model), input_ids, position_ids).flatten(0, 1)
         # The label of a position is the token after it; a document's first token has none (see data/packing.py).
         labels_t = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         weights_t = None if loss_weights is None else nn.functional.pad(loss_weights[:, 1:], (0, 1)).flatten()

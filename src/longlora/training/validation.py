@@ -82,7 +82,7 @@ def validation(
 
 def validation_loss(model: LossModel, dataset: PackedDataset, rows: int) -> float:
     """Mean loss, weighted as in training, over the first `rows` rows with full attention; `model` stays as it was."""
-    device = model.peft_model.device
+    device = model.model.device
     pad = partial(collate, pad_token_id=0)
     was_training = model.training
     model.eval()

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longlora.attention.registry import is_sparse
-from longlora.evaluation.reading.cache import GrowingCache, read_on
-from longlora.evaluation.reading.order import Order, Step, common
-from longlora.evaluation.retrieval.prompt import Prompt, is_settled, score
+from longlora.evaluation.reading.order import Order, Step
+from longlora.evaluation.retrieval.prompt import Prompt, is_right, is_settled, score
 from longlora.model.head import OutputHead, mixed_precision
+from longlora.model.kv_cache import GrowingCache, common, read_on
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class PromptReader:
         for prompt, guess, log_probability, answer in zip(asked, likeliest, log_probabilities, said, strict=True):
             if prompt.max_new_tokens:
                 value = score(prompt.metric, answer.text, prompt.references)
-                answered.append(Answered(answer.text, value, value == 1.0, log_probability))
+                right = is_right(prompt.metric, answer.text, prompt.references)
+                answered.append(Answered(answer.text, value, right, log_probability))
             else:
                 right = tuple(guess) == prompt.answer
                 answered.append(Answered(self._decode(guess), float(right), right, log_probability))

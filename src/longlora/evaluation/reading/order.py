@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longlora.evaluation.retrieval.prompt import Prompt
+from longlora.model.kv_cache import common
 
 _PASS_TOKENS = 64
 """What a forward pass costs however few tokens it has, in tokens of a long one: the weights are read either way."""
@@ -93,12 +94,6 @@ class Order:
         passes = -(-fresh // self.chunk_tokens) + spoken + (forced > 1)
         tokens = fresh * (1 + (shared + width) / 2 / self.even_tokens) + len(asked) * (spoken + forced)
         return Step(tuple(indices), shared, fresh, tokens + _PASS_TOKENS * passes)
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    shorter = min(len(one), len(other))
-    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
 
 def _families(prompts: Sequence[Prompt], ranked: Sequence[int]) -> list[list[int]]:

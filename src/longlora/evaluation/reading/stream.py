@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longlora.attention.registry import is_sparse
-from longlora.evaluation.reading.cache import GrowingCache, read_on
 from longlora.memory.chunked_loss import IGNORE_INDEX, token_losses
 from longlora.model.head import OutputHead, mixed_precision
+from longlora.model.kv_cache import GrowingCache, read_on
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ def _retrieval(evaluations: Sequence[Evaluation]) -> list[str]:
         lines.append("Lines (LongEval, Li et al. 2023): the number in one of many numbered lines.")
     if "topics" in found:
         lines.append("Topics (LongEval, Li et al. 2023): the first topic of a long conversation.")
+    if "questions" in found:
+        lines.append(
+            "Questions: held-out questions about documents in the chat template of the run, answered greedily; F1 over "
+            "words and exact match as for SQuAD (Rajpurkar et al. 2016), of numbers in order the share of right places."
+        )
     return lines
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from longlora.evaluation.report.answers import answer_rows
 from longlora.evaluation.report.benchmarks import benchmark_rows
 from longlora.evaluation.report.compare import Column, Comparison
 from longlora.evaluation.report.notes import notes, titles
@@ -66,6 +67,7 @@ def summarize(comparison: Comparison) -> Summary:
         for kind in kinds_of(columns, task):
             for group in groups_of(columns, task, kind):
                 rows += _retrieval_rows(comparison, task, group)
+    rows += answer_rows(comparison)
     rows += _ruler_rows(comparison)
     rows += benchmark_rows(comparison)
     table = Table(("measure", *comparison.labels), tuple(rows), title="Results")

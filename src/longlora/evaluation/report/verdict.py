@@ -1,6 +1,6 @@
-"""Five questions about an extended model, each answered PASS, FAIL or not measured, with its numbers.
+"""Five questions about an extended model and one about a tuned one, each PASS, FAIL or not measured, with its numbers.
 
-In: a `Run`. Out: five `Verdict`, or none for a folder without a trained model. The limits are module constants.
+In: a `Run`. Out: a `Verdict` on each, or none for a folder without a trained model. The limits are module constants.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from longlora.evaluation.report.answers import f1_differences
 from longlora.evaluation.report.compare import Column, Run
 from longlora.evaluation.report.records import Evaluation, PerplexityRow, RetrievalRow
 from longlora.evaluation.report.shared import Shared, shared, shared_perplexity, shared_retrieval
@@ -35,7 +36,7 @@ class Verdict:
 
 
 def judge(run: Run) -> tuple[Verdict, ...]:
-    """The five verdicts on `run`; none where no trained model was asked for."""
+    """The verdicts on `run`; none where no trained model was asked for."""
     if "trained" not in run.columns and "trained" not in run.missing:
         return ()
     original, new = run.original_context_length, run.context_length
@@ -45,6 +46,7 @@ def judge(run: Run) -> tuple[Verdict, ...]:
         _better_than_rope_only(run.columns, (original, new)),
         _retrieves_beyond(run.columns, original),
         _retrieval_kept(run.columns),
+        *_answers_better(run.columns),
     )
     return tuple(replace(verdict, run=run.name) for verdict in made)
 
@@ -148,6 +150,21 @@ def _retrieval_kept(columns: Mapping[str, Column]) -> Verdict:
     if not kept:
         return Verdict("not measured", claim, (*numbers, "an interval needs two keys at a length"))
     return Verdict(_status(all(kept)), claim, tuple(numbers))
+
+
+def _answers_better(columns: Mapping[str, Column]) -> tuple[Verdict, ...]:
+    """None where no question was asked: most runs extend a model without tuning it on instructions."""
+    found = f1_differences(_pair(columns, "base", "trained"), "trained", "base")
+    if not found:
+        return ()
+    claim = "Questions at every length: trained above base in F1 (95 % interval of the paired difference above 0)"
+    numbers = tuple(
+        f"{length} tokens: difference {difference.mean:+.3f}{_interval(difference, digits=3)}; "
+        f"{count_text(questions, 'question')}"
+        for length, (difference, questions) in found.items()
+    )
+    higher = [difference.low is not None and difference.low > 0 for difference, _ in found.values()]
+    return (Verdict(_status(all(higher)), claim, numbers),)
 
 
 def _rows(found: Shared[_Row]) -> dict[str, list[_Row]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from longlora.artifacts import RunFolder, write_atomic, write_json
 from longlora.evaluation.report import curves
+from longlora.evaluation.report.answers import TASK, answer_tables
 from longlora.evaluation.report.compare import Comparison, Run, read_comparison
 from longlora.evaluation.report.cost import cost_table, duration
 from longlora.evaluation.report.documents import document_tables
@@ -68,6 +69,7 @@ def _sections(comparison: Comparison, summary: Summary) -> tuple[Section, ...]:
         Section("Perplexity by context length", _by_length(comparison)),
         Section("Passkey retrieval", _maps(comparison, "passkey", "Passkey retrieval")),
         Section("Needle in a haystack", _maps(comparison, "needle", "Needle in a haystack")),
+        Section("Questions about documents", _questions(comparison)),
         Section("RULER", _ruler(comparison)),
         Section("Short context", _short_context(comparison)),
         Section("Loss by document", _documents(comparison)),
@@ -174,6 +176,19 @@ def _maps_of_kind(comparison: Comparison, task: str, kind: str) -> list[Block]:
 
 def _hatched(any_beyond: bool) -> str:
     return f" Hatched and {BEYOND}: beyond what the model's RoPE covers." if any_beyond else ""
+
+
+def _questions(comparison: Comparison) -> tuple[Block, ...]:
+    tables = answer_tables(comparison)
+    if not tables:
+        return (Paragraph("Questions about documents were not asked."),)
+    text = (
+        "Exact match (right/questions) and F1 of greedy answers over questions that all models were asked, without "
+        "case, punctuation and articles. Differences are paired; intervals are over questions, of which several are "
+        "about one document."
+    )
+    shown = [block for table in tables for block in (Heading(table.title), table)]
+    return (Paragraph(text), *shown, Heading("By length and depth"), *_maps_of_kind(comparison, TASK, ""))
 
 
 def _ruler(comparison: Comparison) -> tuple[Block, ...]:

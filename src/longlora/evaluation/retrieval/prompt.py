@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from longlora.data.longqa.score import score_answer
+
 Encode = Callable[[str], list[int]]
 """Text to token ids, without any that a tokenizer puts around it."""
 
-Metric = Literal["all", "any", "first_integer", "last_integer"]
+Metric = Literal["all", "any", "first_integer", "last_integer", "words", "order", "count"]
 """``all``: the part of the references that the answer contains, ``any``: whether it contains one of them, both without
-regard to case (RULER's ``string_match_all`` and ``string_match_part``); or whether the first or last integer of the
-answer is the reference."""
+regard to case (RULER's ``string_match_all`` and ``string_match_part``); whether the first or last integer of the
+answer is the reference; or F1 of the answer as the reference's form has it (`longlora.data.longqa.score`)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def score(metric: Metric, text: str, references: Sequence[str]) -> float:
     >>> score("all", "one is 17 and the other 4", ["17", "23"])
     0.5
     """
+    if metric in ("words", "order", "count"):
+        return score_answer(metric, text, references[0])[1]
     if metric in ("all", "any"):
         found = [reference.lower() in text.lower() for reference in references]
         return sum(found) / len(found) if metric == "all" else float(any(found))
@@ -56,11 +60,18 @@ def score(metric: Metric, text: str, references: Sequence[str]) -> float:
     return float(numbers[0 if metric == "first_integer" else -1] == references[0])
 
 
+def is_right(metric: Metric, text: str, references: Sequence[str]) -> bool:
+    """Whether an answer counts as right: where F1 is its score, only what matches the reference exactly."""
+    if metric in ("words", "order", "count"):
+        return score_answer(metric, text, references[0])[0] == 1.0
+    return score(metric, text, references) == 1.0
+
+
 def is_settled(metric: Metric, text: str, references: Sequence[str]) -> bool:
     """Whether no further token of the answer can change its score, so that generation may stop."""
     if metric == "first_integer":
         return re.search(r"\d+\D", text) is not None
-    return metric != "last_integer" and score(metric, text, references) == 1.0
+    return metric in ("all", "any") and score(metric, text, references) == 1.0
 
 
 def split_answer(encode: Encode, question: str, answer: str) -> tuple[list[int], list[int]]:

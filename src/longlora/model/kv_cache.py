@@ -1,4 +1,4 @@
-"""A KV cache that grows without copying and can be cut back to any length: what a tree of prompts is read with.
+"""A KV cache that grows without copying and can be cut back to any length: what prompts that begin alike are read with.
 
 transformers' DynamicCache concatenates, so that every token that is added copies all of the keys and values before it,
 and what comes after a branch of the text has to be copied away. Here each layer writes into a buffer with room to spare
@@ -9,6 +9,7 @@ B rows, K key/value heads, T tokens, D head dim, C hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -108,7 +109,8 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
             elif kind is not DummyLayer:
                 raise ModelError(
                     f"layer {index} of {config.model_type} keeps a state ({kind.__name__}) that cannot be cut back to "
-                    "ask a question: measure perplexity alone, with eval.prefill_chunk_tokens as large as the context"
+                    "ask a question: use `longlora serve` for answers, and measure perplexity alone, with "
+                    "eval.prefill_chunk_tokens as large as the context"
                 )
         # For models that use a layer several times, under numbers that their config does not count.
         self.layer_class_to_replicate = new_layer
@@ -150,10 +152,16 @@ def read_on(
     )
     if cache is not None and cache.get_seq_length() != seen + ids_BT.shape[1]:
         raise ModelError(
-            f"{type(model).__name__} does not write to a KV cache that it is given: measure perplexity alone, with "
-            "eval.prefill_chunk_tokens as large as the context"
+            f"{type(model).__name__} does not write to a KV cache that it is given: use `longlora serve` for answers, "
+            "and measure perplexity alone, with eval.prefill_chunk_tokens as large as the context"
         )
     return output.last_hidden_state
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with: what a cache of one holds of the other."""
+    shorter = min(len(one), len(other))
+    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
 
 def _room_like(states: Tensor, capacity: int) -> Tensor:
