@@ -93,6 +93,20 @@ def test_the_papers_template(make: Callable[..., tuple]) -> None:
     assert tokenizer.decode(shard.document(0)).startswith("[INST] <<SYS>>\nbe good\n<</SYS>>\n\ndo \nit[/INST]")
 
 
+def test_the_stored_template_puts_the_system_message_of_training_first(make: Callable[..., tuple]) -> None:
+    said = 'be "good"\n{% if x %} \\ é'
+    shard, _, tokenizer = make(chat(("user", "one?"), ("assistant", "first")), template=PLAIN, system=said)
+    trained = tokenizer.decode(shard.document(0))
+    question = [{"role": "user", "content": "one?"}]
+    tokenizer.chat_template = shard.chat_template
+    asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert asked == f"s:{said}\nu:one?\na:"
+    assert len(tokenizer(asked, add_special_tokens=False).input_ids) == shard.loss_mask(0).tolist().index(1)
+    assert "first" in trained
+    own = [{"role": "system", "content": "own"}, *question]
+    assert tokenizer.apply_chat_template(own, tokenize=False) == "s:own\nu:one?\n"
+
+
 def test_a_token_that_would_straddle_prompt_and_answer_is_not_made(
     tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
 ) -> None:

@@ -133,6 +133,18 @@ def test_a_field_of_its_own_is_the_document(tmp_path: Path) -> None:
     source = written(tmp_path / "a.jsonl", {"instruction": "ask", "input": "a\n\nb", "output": "c"})
     message = read(source)[0].messages[0]
     assert (message.before, message.document, message.after) == ("ask\n\n", "a\n\nb", "")
+    source = written(tmp_path / "c.jsonl", {"instruction": "ask", "context": "a\n\nb", "response": "c"})
+    assert read(source)[0].messages[0] == message
     source = written(tmp_path / "b.jsonl", {"context": "a\n\nb", "question": "ask", "answer": "c"})
     message = read(source)[0].messages[0]
     assert (message.before, message.document, message.after) == ("", "a\n\nb", "\n\nask")
+
+
+def test_rows_of_longqa_say_where_their_document_ends(tmp_path: Path) -> None:
+    content = "a\n\nb\n\nWhich?\n\n1. b"
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "1"}]
+    source = written(tmp_path / "a.jsonl", {"messages": turns, "document_end": 4})
+    message = read(source)[0].messages[0]
+    assert (message.before, message.document, message.after) == ("", "a\n\nb", "\n\nWhich?\n\n1. b")
+    source = written(tmp_path / "b.jsonl", {"messages": turns, "document_end": 4000})
+    assert read(source)[0].messages[0].after == "\n\n1. b"

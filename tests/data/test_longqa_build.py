@@ -185,7 +185,7 @@ class TestSplit:
     def test_named_documents_take_their_relatives_along(self) -> None:
         groups = [["a", "a2"], ["b"], ["c"]]
         assert held_out(groups, 0.0, ["a2"], 0) == {"a", "a2"}
-        with pytest.raises(DataError, match=r"'b2' is not among the 4 documents: did you mean"):
+        with pytest.raises(DataError, match=r"'b2' is not among the 4 documents that are used: did you mean"):
             held_out(groups, 0.0, ["b2"], 0)
         with pytest.raises(DataError, match="all 4 documents are held out"):
             held_out(groups, 0.0, ["a", "b", "c"], 0)
@@ -194,6 +194,14 @@ class TestSplit:
         with pytest.raises(DataError, match="cannot be split: give other documents, or --heldout 0"):
             held_out([["a"]], 0.2, [], 0)
         assert held_out([["a"]], 0.0, [], 0) == set()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_held_out_is_long_enough_to_be_asked_about(tmp_path: Path, seed: int) -> None:
+    documents = [*BOOKS[:2], *(Document(f"note{number}", f"Note {number} is short.") for number in range(4))]
+    settings = LongQASettings(lengths=(600,), per_document=1, seed=seed)
+    facts = build(tmp_path / "set", settings, documents)
+    assert [side.rows for side in facts.sides.values()] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def test_facts_come_from_the_row_where_it_has_them(tmp_path: Path) -> None:
     (third,) = asked(tmp_path, other)
     assert (third.facts["name"], third.facts["depth"], third.metric) == ("question", None, "words")
     assert len(third.tokens) <= third.facts["length"] < 2 * len(third.tokens)
+    (fourth,) = asked(tmp_path, {**other, "length": 12345})  # LongAlign's own, not one that was asked for
+    assert fourth.facts["length"] == third.facts["length"]
 
 
 def test_questions_are_drawn_by_seed_and_no_more_than_asked_for(tmp_path: Path) -> None:

@@ -64,6 +64,17 @@ def test_the_stored_template_counts_before_the_base_models(run: Path) -> None:
     assert load(str(run), run / "given.jinja")[1].chat_template == "given"
 
 
+def test_answers_end_where_they_did_in_training(base: Path, run: Path) -> None:
+    # The end of a text is </s>, which is all that the base model knows.
+    template = "{% for m in messages %}{{ m['content'] }}{{ '<s>' if m['role'] == 'assistant' }}{% endfor %}"
+    write_sidecar(run / "adapter", replace(read_sidecar(run / "adapter"), chat_template=template))
+    write_manifest(run / "adapter")
+    merge_adapter(run / "adapter", run / "elsewhere")
+    assert load(str(base))[0].generation_config.eos_token_id == 2
+    for folder in (run / "adapter", run / "elsewhere"):
+        assert load(str(folder))[0].generation_config.eos_token_id == [2, 1]
+
+
 def test_what_is_no_model_is_one_line(base: Path, run: Path, tmp_path: Path) -> None:
     plain = save_tiny_model(tmp_path / "plain")
     (tmp_path / "empty").mkdir()

@@ -93,3 +93,15 @@ def test_a_state_that_cannot_be_cut_back_is_refused_with_a_line() -> None:
     own_code = next(a for a in ARCHITECTURES if a.model_type == "openai-gpt").build()
     with pytest.raises(ModelError, match="OpenAIGPTLMHeadModel does not write to a KV cache"):
         read_on(own_code, torch.tensor([[5, 6]]), GrowingCache(own_code.config))
+
+
+def test_room_that_is_reserved_is_no_more_than_asked_for_and_keeps_what_is_there() -> None:
+    states = torch.arange(2 * 3 * 5 * 4.0).reshape(2, 3, 5, 4)
+    layer = GrowingLayer(5)
+    layer.update(states, states + 1)
+    layer.crop_to(3)
+    layer.reserve(7)
+    keys, values = layer.update(states[:, :, :4], states[:, :, :4])
+    assert keys.untyped_storage().nbytes() == values.untyped_storage().nbytes() == 2 * 3 * 7 * 4 * 4
+    assert torch.equal(keys, torch.cat([states[:, :, :3], states[:, :, :4]], 2))
+    assert torch.equal(values, torch.cat([states[:, :, :3] + 1, states[:, :, :4]], 2))

@@ -20,6 +20,9 @@ from longlora.data.prepare import prepare_shards
 from longlora.data.shards import open_shard
 from longlora.errors import DataError, ModelError
 from longlora.evaluation.report.training_log import read_training
+from longlora.evaluation.report.write import write_report
+from longlora.evaluation.run import evaluate
+from longlora.inference.load import load
 from longlora.memory.chunked_loss import chunked_loss
 from longlora.model.build import load_tokenizer, tokenizer_hash
 from longlora.model.merge import merge_adapter
@@ -107,6 +110,43 @@ def test_a_run_within_the_models_context_leaves_rope_and_carries_its_template(tm
             )
             total, count = total + losses.item(), count + int((labels[1:] != -100).sum())
     assert total / count == pytest.approx(found[8], rel=1e-3)
+
+
+def test_full_fine_tuning_leaves_a_model_that_asks_in_its_template_and_is_measured(tmp_path: Path, model: Path) -> None:
+    recipe = make_recipe(tmp_path, model, steps=8, learning_rate=0.003)
+    full = recipe.adapter.model_copy(update={"method": "full"})
+    questions = recipe.eval.questions.model_copy(update={"max_new_tokens": 3})
+    measured = {"tasks": ["questions"], "variants": ["base", "trained"], "questions": questions}
+    recipe = recipe.model_copy(update={"adapter": full, "eval": recipe.eval.model_copy(update=measured)})
+    folder = train(recipe, QUIET)
+    run = RunFolder(recipe.run_path)
+    assert folder == run.merged
+    assert validated(recipe)[8] < validated(recipe)[0] - 0.1
+    template = open_shard(run.train_shard, None).chat_template
+    _, tokenizer = load(str(run.root))
+    assert tokenizer.chat_template == template
+    for path in evaluate(recipe, QUIET):
+        rows = json.loads(path.read_text(encoding="utf-8"))["retrieval"]
+        assert {row["task"] for row in rows} == {"questions"}
+        assert len(rows) == 12
+    assert "Questions at every length" in {verdict.claim.split(":")[0] for verdict in write_report([run], run).verdicts}
+
+
+def test_nf4_weights_are_tuned_on_instructions(tmp_path: Path) -> None:
+    """QLoRA on a CPU; the merged model is not quantized and carries the template."""
+    pytest.importorskip("bitsandbytes")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}
+    source = save_tiny_model(tmp_path / "base", hidden_size=128, intermediate_size=256, **heads)
+    recipe = make_recipe(tmp_path, source, steps=8)
+    quantized = recipe.model.model_copy(update={"quantization": "nf4", "dtype": "bfloat16"})
+    recipe = recipe.model_copy(update={"model": quantized})
+    adapter = train(recipe, QUIET)
+    assert validated(recipe)[8] < validated(recipe)[0] - 0.3
+    run = RunFolder(recipe.run_path)
+    merge_adapter(adapter, run.merged)
+    merged = AutoModelForCausalLM.from_pretrained(run.merged)
+    assert getattr(merged.config, "quantization_config", None) is None
+    assert AutoTokenizer.from_pretrained(run.merged).chat_template == open_shard(run.train_shard, None).chat_template
 
 
 def test_validation_changes_nothing_also_over_a_resume(tmp_path: Path, model: Path) -> None:

@@ -12,13 +12,13 @@ import typer
 
 from longlora.cli.options import console
 from longlora.errors import DataError
+from longlora.inference.address import LOOPBACK
 
 if TYPE_CHECKING:
     from longlora.inference.files import FileText
     from longlora.inference.lengths import Numbers
     from longlora.inference.session import LongSession
 
-_LOOPBACK = "127.0.0.1"
 _INTERRUPTED = 130
 
 ModelArgument = Annotated[
@@ -100,7 +100,7 @@ def chat(
     Chat(session, out, input, max_new_tokens=max_new_tokens, sampling=sampling).run(files or [])
 
 
-def serve(model: ModelArgument, host: Host = _LOOPBACK, port: Port = 8000) -> None:
+def serve(model: ModelArgument, host: Host = LOOPBACK, port: Port = 8000) -> None:
     """Serve a merged model over an OpenAI-compatible API, by transformers' own server."""
     from longlora.inference.address import warning
 
@@ -121,7 +121,7 @@ def serve(model: ModelArgument, host: Host = _LOOPBACK, port: Port = 8000) -> No
 
 def demo(
     model: ModelArgument,
-    host: Host = _LOOPBACK,
+    host: Host = LOOPBACK,
     port: Port = 7860,
     chunk_tokens: ChunkTokens = 2048,
     chat_template: Template = None,

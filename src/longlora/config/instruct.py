@@ -16,7 +16,8 @@ class InstructConfig(Section):
     """``chat``: the tokenizer's own chat template; ``llama2``: the paper's ``[INST]question[/INST]answer``; else a file
     with a Jinja template. It is stored with the model."""
     system: str | None = None
-    """System message of conversations that have none of their own; null means none."""
+    """System message of conversations that have none of their own, afterwards too: it is stored with the template. Null
+    means none."""
     shorten: Literal["middle", "head", "tail"] = "middle"
     """Where tokens of the document are taken out when an example is longer than `context.context_length`. Question and
     answer are never cut: an example that is too long without its document is left out, and counted."""

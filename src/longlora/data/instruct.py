@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from longlora.config import InstructConfig
 from longlora.data.formats import decode
 from longlora.data.instruct_examples import Example, read_examples
-from longlora.data.instruct_template import joint_of, set_chat_template
+from longlora.data.instruct_template import joint_of, set_chat_template, with_system
 from longlora.data.instruct_tokens import Encoder
 from longlora.data.shards import TokenRow, TokenShard, named, write_rows
 from longlora.errors import DataError
@@ -92,7 +92,7 @@ def write_instruct_shard(
 ) -> TokenShard:
     """Tokenize the examples of `sources` into a new shard at `folder`; nothing is left unless all of it was written.
 
-    The chat template of `settings` is set on `tokenizer` and kept in the shard.
+    The chat template of `settings` is set on `tokenizer` and kept, with its system message, in the shard.
 
     Args:
         context_length: tokens of the longest example.
@@ -113,7 +113,7 @@ def write_instruct_shard(
         nothing_left=lambda: f"no example is left for {folder}, {report.summary(context_length)}: give other examples",
         facts=lambda: {
             "kind": "instruct",
-            "chat_template": template,
+            "chat_template": with_system(template, settings.system),
             "context_length": context_length,
             "shortened": named(report.shortened),
             "removed_tokens": report.removed_tokens,

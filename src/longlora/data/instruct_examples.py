@@ -3,12 +3,14 @@
 The formats, told by the names of their fields:
 
 * chat: ``messages`` (or ``conversations``) of ``role`` and ``content`` (or ``from`` and ``value``): also LongAlign
-* instruction: ``instruction``, ``output`` and perhaps ``input``: Alpaca, LongAlpaca, LongQA
+* instruction: ``instruction``, ``output`` (or ``response``) and perhaps ``input`` (or ``context``): Alpaca, LongAlpaca,
+  LongQA, Dolly
 * prompt: ``prompt`` and ``completion`` (or ``response``), texts or lists of messages
 * question: ``question`` and ``answer``, with ``document`` or ``context``
 
 The document, which alone may be shortened, is a field of its own (``input``, ``document``, ``context``) where there is
-one. Otherwise `split_document` looks for it in each message of the user.
+one, or ends at ``document_end`` of the first message of the user. Otherwise `split_document` looks for it in each
+message of the user.
 """
 
 from __future__ import annotations
@@ -158,16 +160,24 @@ def _messages(record: Record, kind: str, joint: str) -> list[Message]:
         turns = _value(record, *_FORMATS["chat"][0])
         if not isinstance(turns, list):
             raise DataError(f"{record.place}: messages is {type(turns).__name__}, not a list of turns")
-        return [_turn(turn, number, record.place) for number, turn in enumerate(turns)]
+        made = [_turn(turn, number, record.place) for number, turn in enumerate(turns)]
+        return _with_known_document(made, record.values.get("document_end"))
     question, answer = (_value(record, *names) for names in _FORMATS[kind])
     if kind == "prompt" and (isinstance(question, list) or isinstance(answer, list)):
         both = [*_as_turns(question, "user"), *_as_turns(answer, "assistant")]
         return [_turn(turn, number, record.place) for number, turn in enumerate(both)]
     question, answer = _text(question, record, "the question"), _text(answer, record, "the answer")
-    document = _text(record.values.get("input" if kind == "instruction" else "document") or "", record, "the document")
-    if kind != "instruction" and not document:
-        document = _text(record.values.get("context") or "", record, "context")
+    names = ("input" if kind == "instruction" else "document", "context")
+    document = next(filter(None, (_text(record.values.get(name) or "", record, name) for name in names)), "")
     return [_asked(question, document, kind, joint), Message("assistant", before=answer)]
+
+
+def _with_known_document(messages: list[Message], end: Any) -> list[Message]:
+    """`messages`, the first of the user cut where its row says that its document ends (``longlora data longqa``)."""
+    first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
+    if first is None or type(end) is not int or not 0 < end <= len(text := messages[first].content):
+        return messages
+    return [*messages[:first], Message("user", document=text[:end], after=text[end:]), *messages[first + 1 :]]
 
 
 def _asked(question: str, document: str, kind: str, joint: str) -> Message:

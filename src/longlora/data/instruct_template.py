@@ -5,6 +5,7 @@ Templates are run by transformers in its sandbox. In: messages. Out: a text and 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,20 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
             f"{trial.text[:200]!r} for 'ping?' and 'pong'"
         )
     return str(tokenizer.get_chat_template())
+
+
+def with_system(template: str, system: str | None) -> str:
+    """`template` as it is stored with the model: `system` comes first wherever a conversation has no system message.
+
+    Training puts it there itself; whoever asks the model afterwards knows nothing of it.
+    """
+    if system is None:
+        return template
+    added = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+    # The line end is taken out when the template is read, so that its first line stays one.
+    return (
+        f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {added} + messages %}}{{% endif %}}\n{template}"
+    )
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], place: str) -> Rendered:

@@ -89,8 +89,10 @@ class Encoder:
         if kept <= 0:
             return None
         first = {"head": 0, "tail": kept, "middle": (kept + 1) // 2}[self._shorten]
-        start, stop = offsets[first][0], offsets[first + excess - 1][1]
-        return example.with_document(longest, document[:start] + document[max(start, stop) :])
+        # One character at least: some tokens stand for none, and taking out nothing would never end.
+        start = min(offsets[first][0], len(document) - 1)
+        stop = max(offsets[first + excess - 1][1], start + 1)
+        return example.with_document(longest, document[:start] + document[stop:])
 
     def _tokens(self, example: Example) -> tuple[list[int], list[int]]:
         turns = [{"role": message.role, "content": message.content} for message in example.messages]

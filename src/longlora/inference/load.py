@@ -13,7 +13,7 @@ from longlora.artifacts import SIDECAR, RunFolder
 from longlora.config import ModelConfig
 from longlora.errors import ModelError, RunFolderError
 from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer
-from longlora.model.merge import merged_model
+from longlora.model.merge import merged_model, tokenizer_of
 from longlora.model.sidecar import read_sidecar
 
 
@@ -88,10 +88,7 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """That of the model; of an adapter its base model's, with the template that it was trained on."""
     if source.kind == "model":
         return load_tokenizer(ModelConfig(name_or_path=source.name))
-    sidecar = read_sidecar(Path(source.name))
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=sidecar.base_model, revision=sidecar.base_revision))
-    tokenizer.chat_template = sidecar.chat_template or tokenizer.chat_template
-    return tokenizer
+    return tokenizer_of(read_sidecar(Path(source.name)))
 
 
 def _read_template(path: Path) -> str:

@@ -127,6 +127,7 @@ class LongSession:
             self._cache = _new_cache(self._model, len(tokens) + room)
         # Also after an interrupt in the middle of a pass, when some layers hold more than others.
         self._cache.crop_to(shared)
+        self._cache.reserve(len(tokens) + room)
         self._kept = list(tokens[:shared])
         return shared
 

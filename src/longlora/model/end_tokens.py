@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -10,3 +12,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     ends = getattr(model.generation_config, "eos_token_id", None)
     found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     return frozenset(int(token) for token in found if token is not None)
+
+
+def with_end(known: Any, token: int | None) -> list[int] | None:
+    """``eos_token_id`` of a generation config (a number, a list or None) with `token` as well; None if it is there."""
+    ends = list(known) if isinstance(known, list) else [known] if known is not None else []
+    return None if token is None or token in ends else [*ends, token]

@@ -20,6 +20,7 @@ from longlora.errors import ModelError, RunFolderError
 from longlora.model.build import load_tokenizer
 from longlora.model.card import TrainingFacts, model_card
 from longlora.model.card_facts import CARD, read_card_facts
+from longlora.model.end_tokens import with_end
 from longlora.model.gguf_export import Converter, GgufFacts, write_gguf
 from longlora.model.merge import already_whole, merge_adapter
 from longlora.model.read_back import ReadBack, read_back
@@ -159,12 +160,8 @@ def _end_answers(folder: Path, token: int | None) -> None:
     """Let generation end where an answer did in training; the base model may only know the end of a text."""
     path = folder / _GENERATION
     values = read_json(path, "remove merged/ and run `longlora merge` again") if path.exists() else {}
-    ends = values.get("eos_token_id")
-    known = ends if isinstance(ends, list) else [ends] if ends is not None else []
-    if token is None or token in known:
-        return
-    values["eos_token_id"] = [*known, token]
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if ends := with_end(values.get("eos_token_id"), token):
+        path.write_text(json.dumps(values | {"eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
 
 
 def legacy_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         for buffer, states in ((self._keys, key_states), (self._values, value_states)):
             assert buffer is not None
             if stop > buffer.shape[-2]:
-                grown = _room_like(buffer, max(stop, 2 * buffer.shape[-2]))
-                grown[:, :, :start] = buffer[:, :, :start]
-                buffer = grown
+                buffer = _grown(buffer, start, max(stop, 2 * buffer.shape[-2]))
             buffer[:, :, start:stop] = states
             buffers.append(buffer)
         (self._keys, self._values), self._length = buffers, stop
@@ -90,6 +88,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Forget what comes after `length` tokens. Costs nothing; what is added next is written over it."""
         assert 0 <= length <= self._length, f"{length} of {self._length} tokens"
         self._length = length
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for `capacity` tokens in all, no more: what is not there is copied once."""
+        if self._keys is not None and self._values is not None and self._keys.shape[-2] < capacity:
+            self._keys = _grown(self._keys, self._length, capacity)
+            self._values = _grown(self._values, self._length, capacity)
 
 
 class GrowingCache(DynamicCache):  # type: ignore[misc]
@@ -124,6 +128,12 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
         for layer in self.layers:
             if isinstance(layer, GrowingLayer) and layer.is_initialized:
                 layer.crop_to(length)
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for `capacity` tokens in all layers, so that none is doubled on the way there."""
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.reserve(capacity)
 
 
 def read_on(
@@ -162,6 +172,13 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with: what a cache of one holds of the other."""
     shorter = min(len(one), len(other))
     return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+
+
+def _grown(buffer: Tensor, length: int, capacity: int) -> Tensor:
+    """The first `length` tokens of `buffer` in a new one of `capacity`."""
+    grown = _room_like(buffer, capacity)
+    grown[:, :, :length] = buffer[:, :, :length]
+    return grown
 
 
 def _room_like(states: Tensor, capacity: int) -> Tensor:

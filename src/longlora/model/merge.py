@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longlora.artifacts import new_folder, verify_manifest, write_manifest
 from longlora.config import ModelConfig
 from longlora.errors import ModelError, RunFolderError
 from longlora.model.adapters import load_adapter
 from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
+from longlora.model.end_tokens import with_end
+from longlora.model.serving import answer_end
 from longlora.model.sidecar import Sidecar, read_sidecar, write_sidecar
 from longlora.model.trainable import TrainedModel, base_of, copy_weights
 
@@ -116,7 +118,7 @@ def _write_checked(sidecar: Sidecar, train: Callable[[PreTrainedModel], TrainedM
         train: puts what was trained on the base model or into it.
     """
     source = _source(sidecar)
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer_of(sidecar)
     if tokenizer_hash(tokenizer) != sidecar.tokenizer_sha256:
         raise ModelError(
             f"the tokenizer of {source.name_or_path} changed since training "
@@ -132,9 +134,9 @@ def _write_checked(sidecar: Sidecar, train: Callable[[PreTrainedModel], TrainedM
     _require_close(trained_logits, merged_logits)
 
     _round_weights(merged, getattr(torch, sidecar.dtype))
+    _end_answers(merged, sidecar, tokenizer)
     merged.save_pretrained(folder)
     tokenizer.model_max_length = sidecar.context_length
-    tokenizer.chat_template = sidecar.chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)
     _round_weights(merged, torch.float32)
     rounded_logits = _logits(merged, probe)
@@ -160,7 +162,26 @@ def merged_model(adapter: Path) -> PreTrainedModel:
     base = _base_in_float32(source, sidecar)
     merged = _merged(load_adapter(base, str(adapter)))
     _round_weights(merged, getattr(torch, sidecar.dtype))
+    _end_answers(merged, sidecar, tokenizer_of(sidecar))
     return merged.eval()
+
+
+def tokenizer_of(sidecar: Sidecar) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with the chat template that instructions were trained in.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    tokenizer = load_tokenizer(_source(sidecar))
+    tokenizer.chat_template = sidecar.chat_template or tokenizer.chat_template
+    return tokenizer
+
+
+def _end_answers(model: PreTrainedModel, sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation end where an answer did in training: the base model may only know the end of a text."""
+    config = model.generation_config
+    if sidecar.chat_template is not None and (ends := with_end(config.eos_token_id, answer_end(tokenizer))):
+        config.eos_token_id = ends
 
 
 def _round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

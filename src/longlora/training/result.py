@@ -9,9 +9,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from longlora.artifacts import RunFolder, new_folder, write_manifest
-from longlora.config import ModelConfig
-from longlora.model.build import load_tokenizer
-from longlora.model.merge import write_whole_model
+from longlora.model.merge import tokenizer_of, write_whole_model
 from longlora.model.sidecar import Sidecar, write_sidecar
 from longlora.model.trainable import TrainedModel, save_trained, trained_weights
 
@@ -33,9 +31,7 @@ def write_result(model: TrainedModel, sidecar: Sidecar, run: RunFolder, step: in
     with new_folder(run.adapter) as folder:
         save_trained(model, folder)
         if sidecar.chat_template is not None:
-            tokenizer = load_tokenizer(ModelConfig(name_or_path=sidecar.base_model, revision=sidecar.base_revision))
-            tokenizer.chat_template = sidecar.chat_template
-            tokenizer.save_pretrained(folder)
+            tokenizer_of(sidecar).save_pretrained(folder)
         write_sidecar(folder, sidecar)
         write_manifest(folder, schema=1, step=step)
     return run.adapter

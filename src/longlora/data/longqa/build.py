@@ -106,7 +106,6 @@ def build_longqa(
     """
     settings.check()
     kept, copies = without_copies(_with_text(documents))
-    held = held_out(related_groups(kept), settings.heldout_share, settings.heldout_names, settings.seed)
     fingerprints = {document.name: fingerprint(document.text) for document in kept}
     texts = [Text(document, count) for document in kept]
     usable = [text for text in texts if any(_serves(text, length) for length in settings.lengths)]
@@ -116,6 +115,10 @@ def build_longqa(
             f"no document has half of --tokens {min(settings.lengths)} and a sentence to ask about, the longest has "
             f"{longest} tokens: give longer documents or a smaller --tokens"
         )
+    names = {text.name for text in usable}
+    # Without those that are too short: holding out nothing but these would leave nothing to evaluate on.
+    groups = [used for group in related_groups(kept) if (used := [name for name in group if name in names])]
+    held = held_out(groups, settings.heldout_share, settings.heldout_names, settings.seed)
     sides = {text.name: "heldout" if text.name in held else "train" for text in usable}
     too_short = {text.name: text.tokens for text in texts if text.name not in sides}
     with Output(folder, _identity(settings, maker, fingerprints), replace=replace) as output:

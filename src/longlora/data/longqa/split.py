@@ -95,7 +95,9 @@ def held_out(groups: Sequence[Sequence[str]], share: float, names: Sequence[str]
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, known[:5]))}"
-            raise DataError(f"held-out document {name!r} is not among the {len(known)} documents: {meant}")
+            raise DataError(
+                f"held-out document {name!r} is not among the {len(known)} documents that are used: {meant}"
+            )
     if names:
         chosen = {name for group in groups if set(group) & set(names) for name in group}
         if len(chosen) == len(known):

@@ -70,7 +70,8 @@ def _prompt(example: Example, encoder: Encoder, max_new_tokens: int, seed: int) 
         raise DataError(f"{example.place} holds control tokens of the model in its text: remove them")
     tokens = encoder.prompt(example)
     row = example.values
-    task, length = row.get("task"), row.get("length")
+    ours = "document_end" in row  # LongAlign has a length too, another one for nearly each example
+    task, length = row.get("task"), row.get("length") if ours else None
     task = task if isinstance(task, str) else "question"
     facts = {
         "task": "questions",
@@ -78,7 +79,7 @@ def _prompt(example: Example, encoder: Encoder, max_new_tokens: int, seed: int) 
         "length": length if isinstance(length, int) and length > 1 else 1 << (len(tokens) - 1).bit_length(),
         "depth": _depth(row.get("evidence")),
         "trial": 0,
-        "document": example.name if "document_end" not in row else str(row.get("document")),
+        "document": str(row.get("document")) if ours else example.name,
         "example": str(row.get("id", example.name)),
         "seed": seed,
     }
