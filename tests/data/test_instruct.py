@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,3 +213,10 @@ def test_rows_learn_answers_only_and_examples_weigh_the_same(make: Callable[...,
     assert "loss_weights" not in PackedDataset(shard, 40)[0]
     with pytest.raises(DataError, match="holds an example of 13 tokens, context.context_length is 12"):
         PackedDataset(shard, 12)
+
+
+def test_a_template_that_never_ends_an_answer_is_said(make: Callable[..., Any]) -> None:
+    record = chat(("user", "one?"), ("assistant", "first"))
+    assert "WARNING" not in make(record)[1].summary(200)
+    _, report, _ = make(record, template="{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
+    assert "the model will not learn to end one" in report.summary(200)

@@ -45,10 +45,12 @@ def settings(folder: Path, **changes: Any) -> InstructConfig:
     return InstructConfig.model_validate({"template": str(folder / "t.jinja"), **changes})
 
 
-def asked(folder: Path, *records: object, per_length: int = 40, seed: int = 0, **changes: Any) -> list[Any]:
+def asked(
+    folder: Path, *records: object, per_length: int = 40, seed: int = 0, say: Any = lambda line: None, **changes: Any
+) -> list[Any]:
     return question_prompts(
         word_tokenizer(), [write(folder / "q.jsonl", *records)], settings(folder, **changes),
-        per_length=per_length, max_new_tokens=8, seed=seed,
+        per_length=per_length, max_new_tokens=8, seed=seed, say=say,
     )  # fmt: skip
 
 
@@ -92,13 +94,16 @@ def test_questions_are_drawn_by_seed_and_no_more_than_asked_for(tmp_path: Path) 
     assert drawn[0][-1] == "99"
 
 
-def test_control_tokens_and_an_empty_file_are_refused(tmp_path: Path) -> None:
-    bad = longqa_row(1)
+def test_what_training_leaves_out_is_not_asked_and_counted(tmp_path: Path) -> None:
+    bad, empty = longqa_row(1), longqa_row(2)
     bad["messages"][0]["content"] += word_tokenizer().eos_token
-    with pytest.raises(DataError, match=r"q\.jsonl:1 holds control tokens"):
+    empty["messages"][1]["content"] = " "
+    said: list[str] = []
+    made = asked(tmp_path, bad, empty, longqa_row(3), say=said.append)
+    assert [prompt.references[0] for prompt in made] == ["3"]
+    assert said == ["questions: left out 1 control tokens, 1 empty, as in training"]
+    with pytest.raises(DataError, match="holds no example to ask"):
         asked(tmp_path, bad)
-    with pytest.raises(DataError):
-        asked(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,15 @@ def test_questions_are_answered_and_scored(tmp_path: Path, tiny_model_folder: Pa
     for row in rows:
         form = "order" if row["name"] == "order_events" else "words"
         assert row["score"] == score(form, row["answer"], row["references"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("task", ["perplexity", "needle"])
+def test_held_out_instructions_are_no_text_to_read(tmp_path: Path, tiny_model_folder: Path, task: str) -> None:
+    made = recipe(tmp_path, tiny_model_folder)
+    data = made.data.model_copy(update={"kind": "instruct"})
+    made = made.model_copy(update={"data": data, "eval": made.eval.model_copy(update={"tasks": [task]})})
+    with pytest.raises(DataError, match=r"eval\.perplexity\.texts"):
+        evaluate(made, Console(quiet=True))
 
 
 def questions(scores: dict[int, list[float]]) -> list[dict[str, Any]]:

@@ -130,10 +130,10 @@ def _measure(
 ) -> tuple[dict[str, Any], HarnessResult]:
     """What is said about a variant, and its results."""
     from longlora.evaluation.harness.run import run_harness
-    from longlora.evaluation.variants import contexts_of, environment, load_variant
-    from longlora.model.build import device_for_run, load_config, load_tokenizer
+    from longlora.evaluation.variants import contexts_of, environment, load_variant, tokenizer_of
+    from longlora.model.build import device_for_run, load_config
 
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = tokenizer_of(recipe)
     contexts = contexts_of(recipe, load_config(recipe.model))
     covered = contexts.covered(variant)
     length = max_length or covered

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longlora.config import InstructConfig
-from longlora.data.formats import decode
 from longlora.data.instruct_examples import Example, read_examples
-from longlora.data.instruct_template import joint_of, set_chat_template, with_system
+from longlora.data.instruct_template import ends_answers, joint_of, set_chat_template, with_system
 from longlora.data.instruct_tokens import Encoder
 from longlora.data.shards import TokenRow, TokenShard, named, write_rows
 from longlora.errors import DataError
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMES_SHOWN = 3
+_ENDLESS = (
+    "; WARNING: the template writes no control token behind an answer, so the model will not learn to end one: add "
+    "{{ eos_token }} there"
+)
 
 
 @dataclass
@@ -43,6 +46,8 @@ class InstructReport:
     """With an answer that is empty."""
     undecodable: list[str] = field(default_factory=list)
     """With text that is not valid Unicode."""
+    endless: bool = False
+    """Whether the template writes no control token behind an answer."""
     control_tokens: list[str] = field(default_factory=list)
     """With text that the tokenizer would read as control tokens."""
 
@@ -64,7 +69,8 @@ class InstructReport:
             )
             if names
         )
-        return f"{line}; left out: {left_out}" if left_out else line
+        line += f"; left out: {left_out}" if left_out else ""
+        return line + (_ENDLESS if self.endless else "")
 
 
 def _first(names: Sequence[str]) -> str:
@@ -105,6 +111,7 @@ def write_instruct_shard(
         RunFolderError: `folder` exists and `replace` is false.
     """
     template = set_chat_template(tokenizer, settings.template)
+    report.endless = not ends_answers(tokenizer)
     encoder = Encoder(tokenizer, context_length, settings.shorten)
     return write_rows(
         folder,
@@ -149,14 +156,8 @@ def _rows(
 
 def _row(example: Example, encoder: Encoder, report: InstructReport) -> TokenRow | None:
     """The tokens of `example`, or None if it is left out."""
-    if any(message.role == "assistant" and not message.content.strip() for message in example.messages):
-        report.empty.append(example.name)
-        return None
-    if any(decode(message.content) is None for message in example.messages):
-        report.undecodable.append(example.name)
-        return None
-    if encoder.has_control_tokens(example):
-        report.control_tokens.append(example.name)
+    if why := encoder.unusable(example):
+        getattr(report, why).append(example.name)
         return None
     encoded = encoder.encode(example)
     if encoded is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longlora.config import InstructConfig
 from longlora.data.shards import bound_tokens
 from longlora.errors import DataError
 
@@ -74,6 +75,23 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
             f"{trial.text[:200]!r} for 'ping?' and 'pong'"
         )
     return str(tokenizer.get_chat_template())
+
+
+def ends_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template of `tokenizer` writes a control token behind an answer, which is how a model stops."""
+    trial = render(tokenizer, _TRIAL, "the chat template")
+    start, stop = trial.spans[-1]
+    return trial.text[start:stop].endswith(tuple(special_tokens(tokenizer)))
+
+
+def adopt_template(tokenizer: PreTrainedTokenizerBase, settings: InstructConfig) -> str:
+    """Make `tokenizer` ask as training with `settings` does, system message included; returns the template.
+
+    Raises:
+        DataError: as `set_chat_template`.
+    """
+    tokenizer.chat_template = with_system(set_chat_template(tokenizer, settings.template), settings.system)
+    return str(tokenizer.chat_template)
 
 
 def with_system(template: str, system: str | None) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from longlora.data.formats import decode
 from longlora.data.instruct_examples import Example
 from longlora.data.instruct_template import render, special_tokens
 from longlora.errors import DataError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["middle", "head", "tail"]
+Unusable = Literal["empty", "undecodable", "control_tokens"]
+"""An answer is empty, a text is no valid Unicode, or it would become control tokens, such as the end of an answer."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,15 @@ class Encoder:
         self._shorten = shorten
         self._control = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
 
-    def has_control_tokens(self, example: Example) -> bool:
-        """Whether the text of a message would become control tokens, such as the end of an answer."""
-        return any(self._control.search(message.content) for message in example.messages)
+    def unusable(self, example: Example) -> Unusable | None:
+        """Why `example` can neither be learned nor asked, or None."""
+        if any(message.role == "assistant" and not message.content.strip() for message in example.messages):
+            return "empty"
+        if any(decode(message.content) is None for message in example.messages):
+            return "undecodable"
+        if any(self._control.search(message.content) for message in example.messages):
+            return "control_tokens"
+        return None
 
     def encode(self, example: Example) -> Encoded | None:
         """`example` in at most `context_length` tokens; None if it is longer even without its documents.

@@ -97,7 +97,7 @@ def build_material(
     elif hides_needles:
         texts = {text.name: tokenizer.decode(text.tokens, skip_special_tokens=True) for text in cut}
     documents = _hidden(recipe, cut, tokenizer, context_lengths) if scores else []
-    prompts = _prompts(recipe, tokenizer, texts)
+    prompts = _prompts(recipe, tokenizer, texts, console)
     if not (documents or plain or prompts):
         raise DataError(
             "nothing is left to measure, because eval.passkey.num_trials=0 leaves passkey out: raise it, or name other "
@@ -165,6 +165,11 @@ def _documents(
             if text.note:
                 console.print(f"{text.name}: {text.note}", highlight=False)
         return found
+    if recipe.data.kind == "instruct":
+        raise DataError(
+            "data.heldout holds instructions, whose loss and length say little of a context: name texts in "
+            "eval.perplexity.texts (eval.haystack for needles), or take eval.tasks=[questions]"
+        )
     shard = open_shard(run.heldout_shard, tokenizer_hash(tokenizer))
     long_enough = [index for index, length in enumerate(shard.lengths) if length >= needed]
     if not long_enough:
@@ -196,7 +201,9 @@ def _hidden(
     ]
 
 
-def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str]) -> list[Prompt]:
+def _prompts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], console: Console
+) -> list[Prompt]:
     """Prompts of all tasks, in the order of `recipe.eval.tasks`."""
     settings, seed = recipe.eval, recipe.eval.seed
     encode = encoder(tokenizer)
@@ -228,7 +235,7 @@ def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Mapping[
                 lengths = retrieval_lengths(recipe, settings.ruler.lengths)
                 made += ruler_prompts(encode, [] if wrap else before, texts, settings.ruler, lengths, seed, wrap)
             case "questions":
-                made += _questions(recipe, tokenizer)
+                made += _questions(recipe, tokenizer, console)
     return made
 
 
@@ -241,7 +248,7 @@ def _topics(recipe: Recipe, encode: Encode, before: Sequence[int], texts: Mappin
     return topic_prompts(encode, before, texts, lengths, settings.num_trials, seed)
 
 
-def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[Prompt]:
     settings = recipe.eval.questions
     held_out = recipe.data.heldout if recipe.data.kind == "instruct" else []
     sources = settings.files or held_out
@@ -254,6 +261,7 @@ def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Promp
         per_length=settings.num_questions,
         max_new_tokens=settings.max_new_tokens,
         seed=recipe.eval.seed,
+        say=lambda line: console.print(line, highlight=False, markup=False),
     )
 
 

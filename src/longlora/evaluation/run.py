@@ -18,7 +18,7 @@ from longlora.errors import DataError, ModelError
 from longlora.evaluation.loss.longppl import KeyDocument, long_enough
 from longlora.evaluation.material import Material, build_material
 from longlora.evaluation.measurement import Measurement
-from longlora.evaluation.variants import Contexts, contexts_of, load_variant, require_variants
+from longlora.evaluation.variants import Contexts, contexts_of, load_variant, require_variants, tokenizer_of
 from longlora.model.build import device_for_run, load_config, load_model, load_tokenizer, tokenizer_hash
 from longlora.model.rope import current_context
 
@@ -32,7 +32,7 @@ def evaluate(recipe: Recipe, console: Console) -> list[Path]:
         LongLoraError: there is no trained model, no document long enough, or something does not fit.
     """
     run = RunFolder(recipe.run_path)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = tokenizer_of(recipe)
     contexts = contexts_of(recipe, load_config(recipe.model))
     material = _material(recipe, run, tokenizer, contexts, console)
     require_variants(recipe, run)
@@ -63,7 +63,7 @@ def find_prompt(recipe: Recipe, sha256: str) -> str:
     Raises:
         DataError: no prompt, or more than one, of this recipe begins so.
     """
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = tokenizer_of(recipe)
     contexts = contexts_of(recipe, load_config(recipe.model))
     run = RunFolder(recipe.run_path)
     material = _material(recipe, run, tokenizer, contexts, Console(quiet=True))

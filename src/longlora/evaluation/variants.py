@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from longlora import __version__
 from longlora.artifacts import RunFolder
 from longlora.config import ModelConfig, Recipe
+from longlora.data.instruct_template import adopt_template
 from longlora.errors import RecipeError, RunFolderError
-from longlora.model.build import load_config, load_model, weights_fingerprint
+from longlora.model.build import load_config, load_model, load_tokenizer, weights_fingerprint
 from longlora.model.merge import merged_model
 from longlora.model.rope import current_context, rescale_for
 from longlora.model.sidecar import read_sidecar
@@ -46,6 +47,14 @@ def contexts_of(recipe: Recipe, config: PreTrainedConfig) -> Contexts:
         return Contexts(original, max(original, recipe.context.context_length))
     _, change = rescale_for(recipe, config)
     return Contexts(change.original_context_length, change.context_length)
+
+
+def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer; of a run on instructions with its template, in which every variant is asked."""
+    tokenizer = load_tokenizer(recipe.model)
+    if recipe.data.kind == "instruct":
+        adopt_template(tokenizer, recipe.data.instruct)
+    return tokenizer
 
 
 def load_variant(recipe: Recipe, run: RunFolder, variant: str) -> PreTrainedModel:

@@ -36,14 +36,16 @@ def answer_tables(comparison: Comparison) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def f1_differences(columns: Sequence[Column], a: str, b: str) -> dict[int, tuple[MeanInterval, int]]:
-    """By length, F1 of variant `a` less that of `b` over the same questions, with its t interval; and their number."""
+def f1_differences(columns: Sequence[Column], a: str, b: str) -> dict[int, tuple[MeanInterval, int, int]]:
+    """By length, F1 of variant `a` less that of `b` over the same questions, with its t interval over them; how many
+    questions these are, and about how many documents."""
     found = {}
     for length in lengths_of(columns, TASK):
         shared = shared_retrieval(columns, TASK, lambda row, at=length: row.length == at).rows  # type: ignore[misc]
         rows = {column.variant: items for column, items in shared.items()}
         if a in rows and b in rows:
-            found[length] = (_difference(rows[a], rows[b], _f1), len(rows[a]))
+            documents = len({row.document for row in rows[a]})
+            found[length] = (_difference(rows[a], rows[b], _f1), len(rows[a]), documents)
     return found
 
 

@@ -160,10 +160,10 @@ def _answers_better(columns: Mapping[str, Column]) -> tuple[Verdict, ...]:
     claim = "Questions at every length: trained above base in F1 (95 % interval of the paired difference above 0)"
     numbers = tuple(
         f"{length} tokens: difference {difference.mean:+.3f}{_interval(difference, digits=3)}; "
-        f"{count_text(questions, 'question')}"
-        for length, (difference, questions) in found.items()
+        f"{count_text(questions, 'question')} about {count_text(documents, 'document')}"
+        for length, (difference, questions, documents) in found.items()
     )
-    higher = [difference.low is not None and difference.low > 0 for difference, _ in found.values()]
+    higher = [difference.low is not None and difference.low > 0 for difference, _, _ in found.values()]
     return (Verdict(_status(all(higher)), claim, numbers),)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ def question_prompts(
     per_length: int,
     max_new_tokens: int,
     seed: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Prompt]:
     """Prompts of `sources`, at most `per_length` of each length, by length and then as they stand in their files.
 
@@ -43,31 +44,37 @@ def question_prompts(
     Args:
         max_new_tokens: tokens of an answer at most.
         seed: draws the questions.
+        say: is told how many examples training would leave out too, and are not asked.
 
     Raises:
-        DataError: a source or the template cannot be used, or an example would change meaning in the template.
+        DataError: a source or the template cannot be used, or no example is left.
     """
     tokenizer = copy.copy(tokenizer)
     set_chat_template(tokenizer, instruct.template)
     encoder = Encoder(tokenizer, _NO_LIMIT, instruct.shorten)
     by_length: dict[int, list[Prompt]] = defaultdict(list)
+    left_out: Counter[str] = Counter()
     for source in sources:
         for example in read_examples(source, instruct.system, joint_of(instruct.template)):
+            if why := encoder.unusable(example):
+                left_out[why] += 1
+                continue
             prompt = _prompt(example, encoder, max_new_tokens, seed)
             by_length[prompt.facts["length"]].append(prompt)
+    if left_out:
+        counts = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in left_out.items())
+        say(f"questions: left out {counts}, as in training")
     chosen = []
     for length, prompts in sorted(by_length.items()):
         generator = random.Random(f"{seed}-questions-{length}")
         places = sorted(generator.sample(range(len(prompts)), min(per_length, len(prompts))))
         chosen += [prompts[place] for place in places]
     if not chosen:
-        raise DataError(f"eval.questions: {', '.join(sources)} holds no example: name files with questions")
+        raise DataError(f"eval.questions: {', '.join(sources)} holds no example to ask: name files with questions")
     return chosen
 
 
 def _prompt(example: Example, encoder: Encoder, max_new_tokens: int, seed: int) -> Prompt:
-    if encoder.has_control_tokens(example):
-        raise DataError(f"{example.place} holds control tokens of the model in its text: remove them")
     tokens = encoder.prompt(example)
     row = example.values
     ours = "document_end" in row  # LongAlign has a length too, another one for nearly each example
