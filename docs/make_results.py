@@ -186,7 +186,8 @@ def results_origin(results: dict[str, Any]) -> str:
     for model in results["models"]:
         versions = ", ".join(f"{name} {version}" for name, version in model["versions"].items() if version)
         how = f"attention {model['attention']}, {model['dtype']}, seed {model['seed']}"
-        where = f"{model['device']}, {versions}, commit {model['commit']}, {model['date']}"
+        commit = f", commit {model['commit']}" if model["commit"] else ""
+        where = f"{model['device']}, {versions}{commit}, {model['date']}"
         facts.add(f"{results['title']}, {how}, {where}")
     return "; ".join(sorted(facts))
 
