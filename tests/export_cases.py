@@ -123,6 +123,8 @@ if kind in ("linear", "yarn"):
     writer.add_rope_scaling_orig_ctx_len(planted.get("original", rope.get("original_max_position_embeddings", 1)))
 if "beta_fast" in planted:
     writer.add_rope_scaling_yarn_beta_fast(planted["beta_fast"])
+if "template" in planted:
+    writer.add_chat_template(planted["template"])
 size = planted.get("vocabulary", config["vocab_size"])
 writer.add_tokenizer_model("gpt2")
 writer.add_token_list([str(number) for number in range(size)])

@@ -204,3 +204,12 @@ def test_a_gain_within_its_interval_is_no_gain(tmp_path: Path) -> None:
 def test_runs_without_questions_have_no_verdict_on_them(tmp_path: Path) -> None:
     run = complete_run(tmp_path)
     assert not any(verdict.claim.startswith("Questions") for verdict in write_report([run], run.root).verdicts)
+
+
+def test_a_model_that_was_not_extended_is_not_judged_as_one_that_was(tmp_path: Path) -> None:
+    run = complete_run(tmp_path)
+    own = {"original_context_length": 200, "context_length": 200, "covered_context_length": 200}
+    found = questions({200: [0.0, 1.0]})
+    save(run, **{name: evaluation(name, retrieval=found, **own) for name in ("base", "rope_only", "trained")})
+    claims = [verdict.claim.split(":")[0] for verdict in write_report([run], run).verdicts]
+    assert claims == ["Trained, 200 tokens", "Questions at every length"]

@@ -4,6 +4,7 @@ import json
 import shutil
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,21 @@ def test_a_planted_mismatch_is_found(
     with pytest.raises(ModelError, match=message) as caught:
         write_gguf(converter, run.merged, tmp_path / "out.gguf", "out", sidecar, model)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("planted", "message"), [({}, "is missing"), ({"template": "{{ 1 }}"}, "is not that of training")]
+)
+def test_a_file_without_the_template_of_training_is_refused(
+    runs: dict[str, Run], tmp_path: Path, planted: dict[str, Any], message: str
+) -> None:
+    run, _ = runs["yarn"]
+    sidecar = read_sidecar(run.adapter)
+    model = read_back(run.merged, sidecar)
+    tuned = replace(sidecar, chat_template="{{ messages }}")
+    converter = script(tmp_path / "converter", **planted)
+    with pytest.raises(ModelError, match=f"its chat template {message}"):
+        write_gguf(converter, run.merged, tmp_path / "out.gguf", "out", tuned, model)
 
 
 def test_yarn_that_llama_cpp_reads_otherwise_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -198,7 +198,11 @@ def _differences(facts: GgufFacts, sidecar: Sidecar, config: PreTrainedConfig, m
     pairs.append(("parameters", facts.parameters, model.parameters + extra))
     if facts.architecture in _ONE_TO_ONE:
         pairs.append(("tensors", facts.tensors, model.tensors + bool(extra)))
-    return [f"{name} {found}, should be {wanted}" for name, found, wanted in pairs if not _same(found, wanted)]
+    wrong = [f"{name} {found}, should be {wanted}" for name, found, wanted in pairs if not _same(found, wanted)]
+    trained = sidecar.chat_template
+    if trained is not None and (facts.chat_template or "").strip() != trained.strip():
+        wrong.append(f"its chat template {'is not that of training' if facts.chat_template else 'is missing'}")
+    return wrong
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -40,13 +40,16 @@ def judge(run: Run) -> tuple[Verdict, ...]:
     if "trained" not in run.columns and "trained" not in run.missing:
         return ()
     original, new = run.original_context_length, run.context_length
+    short, answers = _short_context_kept(run.columns, original), _answers_better(run.columns)
+    if new == original:  # tuned within its own context
+        return tuple(replace(verdict, run=run.name) for verdict in (short, *answers))
     made = (
         _tail_kept(run.columns, original, new),
-        _short_context_kept(run.columns, original),
+        short,
         _better_than_rope_only(run.columns, (original, new)),
         _retrieves_beyond(run.columns, original),
         _retrieval_kept(run.columns),
-        *_answers_better(run.columns),
+        *answers,
     )
     return tuple(replace(verdict, run=run.name) for verdict in made)
 
