@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from report_cases import evaluation, save
-from tiny import save_tiny_model
+from tiny import save_tiny_model, stir
 
 from longlora.artifacts import RunFolder, write_manifest
 from longlora.config import AdapterConfig, AttentionConfig, ModelConfig, Recipe, build_recipe, dump_recipe
@@ -40,11 +40,7 @@ def trained_run(
     model = load_model(source, config, dtype=torch.float32)
     fingerprint = weights_fingerprint(model)
     wrapped = add_adapter(model, AdapterConfig())
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    stir(wrapped, seed=0)
     wrapped.save_pretrained(str(run.adapter), save_embedding_layers=False)
     values = {
         "run_dir": str(root),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny import llama_config
+from tiny import llama_config, stir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -54,11 +54,7 @@ def save_askable_adapter(base: Path, folder: Path, context_length: int) -> Path:
     model = load_model(source, config, dtype=torch.float32)
     fingerprint = weights_fingerprint(model)
     wrapped = add_adapter(model, AdapterConfig())
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    stir(wrapped, seed=1)
     folder.mkdir(parents=True)
     save_adapter(wrapped, folder)
     sidecar = Sidecar(

@@ -51,3 +51,22 @@ def save_tiny_model(folder: Path, **changes: object) -> Path:
     LlamaForCausalLM(llama_config(**changes)).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
+
+
+def stir(model: torch.nn.Module, seed: int, scale: float = 0.05) -> None:
+    """Move every trained weight away from where it began, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def bear_texts(folder: Path) -> Path:
+    """Four short texts to train on, in `folder`, which may hold them already."""
+    if not folder.exists():
+        folder.mkdir()
+        for number in range(4):
+            text = f"once upon a time there were {number} bears. " * 12
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return folder

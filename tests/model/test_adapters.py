@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import llama_config, save_tiny_model
+from tiny import llama_config, save_tiny_model, stir
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from longlora.artifacts import write_manifest
@@ -69,11 +69,7 @@ def trained_adapter(source: Path, folder: Path, dtype: str = "float32", scale: f
     base = load_model(model_config, config, dtype=torch.float32)
     fingerprint = weights_fingerprint(base)
     model = add_adapter(base, AdapterConfig())
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    stir(model, seed=3, scale=scale)
     folder.mkdir(parents=True)
     save_adapter(model, folder)
     sha = tokenizer_hash(load_tokenizer(model_config))

@@ -11,7 +11,7 @@ import torch
 from command_line import Result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_model
+from tiny import bear_texts, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from longlora.artifacts import RunFolder, write_manifest
@@ -35,11 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make_recipe(tmp_path: Path, model: Path, run: str = "run", **changes: Any) -> Recipe:
     """64 -> 128 tokens on four texts; changes under dotted names with two underscores for the dot."""
-    texts = tmp_path / "texts"
-    if not texts.exists():
-        texts.mkdir()
-        for number in range(4):
-            (texts / f"{number}.txt").write_text(f"once upon a time there were {number} bears. " * 12, encoding="utf-8")
+    texts = bear_texts(tmp_path / "texts")
     values = {
         "run_dir": str(tmp_path / run),
         "model": {"name_or_path": str(model), "dtype": "float32"},

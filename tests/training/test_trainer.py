@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_tiny_model
+from tiny import bear_texts, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from longlora.artifacts import RunFolder
@@ -32,11 +32,7 @@ QUIET = Console(quiet=True)
 
 
 def make_recipe(tmp_path: Path, model: Path, run: str = "run", **train_changes: object) -> Recipe:
-    texts = tmp_path / "texts"
-    if not texts.exists():
-        texts.mkdir()
-        for number in range(4):
-            (texts / f"{number}.txt").write_text(f"once upon a time there were {number} bears. " * 12, encoding="utf-8")
+    texts = bear_texts(tmp_path / "texts")
     values = {
         "run_dir": str(tmp_path / run),
         "model": {"name_or_path": str(model), "dtype": "float32"},

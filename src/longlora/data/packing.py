@@ -165,8 +165,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         labels = input_ids.masked_fill(position_ids == 0, IGNORE_INDEX)
         if self.shard.mask is not None:
             assert all(span.start == 0 for span in spans), "examples are never cut"
-            bounds = [self.shard.offsets[span.document : span.document + 2] for span in spans]
-            mask = np.concatenate([self.shard.mask[start:stop] for start, stop in bounds])
+            mask = np.concatenate([self.shard.loss_mask(span.document) for span in spans])
             labels = labels.masked_fill(torch.from_numpy(mask) == 0, IGNORE_INDEX)
         item = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         if self._weigh_documents:

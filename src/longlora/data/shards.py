@@ -58,15 +58,17 @@ class TokenShard:
 
     def document(self, index: int) -> NDArray[np.int32]:
         """[tokens] of document `index`, a view of the memory map; `IndexError` outside 0 .. len - 1."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of a shard with {len(self)} documents")
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        return self.tokens[self._span(index)]
 
     def loss_mask(self, index: int) -> NDArray[np.uint8] | None:
         """[tokens] of document `index`, 1 where a token is to be predicted, or None where all are; as `document`."""
+        span = self._span(index)
+        return None if self.mask is None else self.mask[span]
+
+    def _span(self, index: int) -> slice:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of a shard with {len(self)} documents")
-        return None if self.mask is None else self.mask[self.offsets[index] : self.offsets[index + 1]]
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def occurring_tokens(self) -> NDArray[np.int64]:
         """Each token id that occurs, once, in ascending order."""
