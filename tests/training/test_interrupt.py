@@ -40,8 +40,11 @@ def test_a_signal_behind_the_last_step_names_that_step() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_second_signal_stops_at_once() -> None:
+def test_a_second_signal_stops_at_once(request: pytest.FixtureRequest) -> None:
     stop = StopOnSignal(Console(quiet=True))
+    # A shell starts background jobs with SIGINT ignored, and tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), stop:
         os.kill(os.getpid(), signal.SIGINT)
         while not end_of_step(stop, 1).should_save:  # two signals on their way at the same time are one
