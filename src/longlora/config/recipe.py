@@ -20,6 +20,7 @@ from longlora.config.sections import (
     ContextConfig,
     DataConfig,
     ModelConfig,
+    ParallelConfig,
     TrainConfig,
     even_above,
 )
@@ -42,6 +43,7 @@ class Recipe(Section):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
 
     @model_validator(mode="after")

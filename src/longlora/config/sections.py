@@ -188,6 +188,17 @@ class DataConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """How the processes of a run (`torchrun`, `accelerate launch`) share its work; read with one process too."""
+
+    sequence: int = Field(default=1, gt=0)
+    """Processes that share each row of tokens, a stretch for each; must divide the number of processes. Those that
+    share no row are data parallel."""
+    shard: Literal["none", "fsdp2", "zero2", "zero3"] = "none"
+    """What the processes divide among themselves: ``none`` nothing, each holds the whole model; ``zero2`` gradients and
+    optimizer states (DeepSpeed ZeRO-2); ``zero3`` (DeepSpeed ZeRO-3) and ``fsdp2`` (PyTorch) weights as well."""
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
