@@ -16,6 +16,7 @@ LAYERS = [
     {"model", "data"},
     {"memory", "attention"},
     {"config", "artifacts"},
+    {"storage"},
     {"errors", "hints", "duration"},
 ]
 FORBIDDEN = [

@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def full_disk(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longlora.artifacts.os.fsync", full_disk)
+    monkeypatch.setattr("longlora.storage.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_atomic(path, "new")
     assert path.read_text() == "old"

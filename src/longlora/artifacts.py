@@ -1,4 +1,4 @@
-"""The run folder: the only file that names what is written, and how it is written safely.
+"""The run folder: the only file that names what is written. How it is written safely is `storage.py`'s business.
 
 A run folder holds, in the order in which a run makes it::
 
@@ -17,24 +17,38 @@ A run folder holds, in the order in which a run makes it::
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longlora.errors import RunFolderError
+from longlora.storage import exclusive, new_folder, sync, write_atomic
 
 MANIFEST = "manifest.json"
 SIDECAR = "longlora.json"
 TOKENS = "tokens.bin"
 OFFSETS = "offsets.bin"
 LOSS_MASK = "mask.bin"
+
+__all__ = [
+    "LOSS_MASK",
+    "MANIFEST",
+    "OFFSETS",
+    "SIDECAR",
+    "TOKENS",
+    "RunFolder",
+    "lock_output",
+    "new_folder",
+    "read_json",
+    "sha256_file",
+    "verify_manifest",
+    "write_atomic",
+    "write_json",
+    "write_manifest",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,11 @@ class RunFolder:
     @property
     def heldout_shard(self) -> Path:
         return self.root / "data" / "heldout"
+
+    @property
+    def preparing(self) -> Path:
+        """Where `longlora prepare` writes both shards before they take the place of earlier ones."""
+        return self.root / "data" / ".preparing"
 
     @property
     def metrics(self) -> Path:
@@ -99,6 +118,19 @@ class RunFolder:
     def evaluation(self, variant: str) -> Path:
         return self.root / "eval" / f"{variant}.json"
 
+    def lock(self, what: str) -> AbstractContextManager[None]:
+        """Keep other processes from writing into the run while `what` does; see `storage.exclusive`.
+
+        Raises:
+            RunFolderError: another process does; the message names it.
+        """
+        return exclusive(self.root / ".lock", f"run folder {self.root}", what)
+
+    def lock_evaluation(self, variant: str, what: str) -> AbstractContextManager[None]:
+        """The same for the rows of one variant: others may be measured at the same time."""
+        path = self.evaluation(variant)
+        return exclusive(path.with_name(f".{path.name}.lock"), f"{path}", what)
+
     def require_unused(self) -> None:
         """Raise `RunFolderError` if a training run already left something here that can be used."""
         started = next(self.checkpoints.glob(f"*/{MANIFEST}"), None)
@@ -110,30 +142,15 @@ class RunFolder:
                 )
 
 
+def lock_output(folder: Path, what: str) -> AbstractContextManager[None]:
+    """Keep other processes from making `folder` while `what` does; raises as `RunFolder.lock`."""
+    return exclusive(folder.with_name(f".{folder.name}.lock"), f"output folder {folder}", what)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the whole new one, also after a crash.
-
-    Text is written as UTF-8.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content.encode("utf-8") if isinstance(content, str) else content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync([path.parent])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -147,32 +164,8 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFolderError(f"{path} does not exist: {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} cannot be read ({error}): {remedy}") from None
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes `path` only when the block ends without an error.
-
-    Raises:
-        RunFolderError: `path` exists and `replace` is false.
-    """
-    if path.exists() and not replace:
-        raise RunFolderError(f"output folder {path} already exists: name another one or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        _sync(file for file in temporary.rglob("*") if file.is_file())
-        if replace and path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync([path.parent])
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
@@ -182,40 +175,44 @@ def write_manifest(folder: Path, **facts: Any) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    _sync(folder / name for name in files)
+    sync(folder / name for name in files)
     write_json(folder / MANIFEST, {**facts, "files": files})
 
 
 def verify_manifest(folder: Path, remedy: str) -> dict[str, Any]:
-    """The manifest of `folder` after checking that every file it names is whole.
+    """The manifest of `folder` after checking that every file it names lies in it and is whole.
 
     Raises:
-        RunFolderError: the manifest or a file is missing, or a size or sha256 differs; the message ends with `remedy`.
+        RunFolderError: the manifest or a file is missing, a size or sha256 differs, or a name leads out of `folder`;
+            the message ends with `remedy`.
     """
     manifest = read_json(folder / MANIFEST, remedy)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not files:
         raise RunFolderError(f"{folder / MANIFEST} names no files: {remedy}")
     for name, expected in files.items():
-        _verify_file(folder / name, expected if isinstance(expected, dict) else {}, remedy)
+        _verify_file(_inside(folder, name, remedy), expected if isinstance(expected, dict) else {}, remedy)
     return dict(manifest)
+
+
+def _inside(folder: Path, name: str, remedy: str) -> Path:
+    """The file that a manifest calls `name`, which must lie in `folder`, also where links lead."""
+    plain = PurePosixPath(name)
+    within = str(plain) == name and not plain.is_absolute() and ".." not in plain.parts and "\0" not in name
+    try:
+        within = within and (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # too long a name, a link to itself, half a surrogate pair
+        within = False
+    if not within:
+        raise RunFolderError(f"{folder / MANIFEST} names {name!r}, which is no file in its folder: {remedy}")
+    return folder / name
 
 
 def _verify_file(path: Path, expected: dict[str, Any], remedy: str) -> None:
     if not path.is_file():
         raise RunFolderError(f"{path} is missing: {remedy}")
-    size = path.stat().st_size
-    if size != expected.get("bytes"):
-        raise RunFolderError(f"{path} has {size} bytes, its manifest says {expected.get('bytes')}: {remedy}")
+    size, wanted = path.stat().st_size, expected.get("bytes")
+    if type(wanted) is not int or size != wanted:
+        raise RunFolderError(f"{path} has {size} bytes, its manifest says {wanted!r:.40}: {remedy}")
     if sha256_file(path) != expected.get("sha256"):
         raise RunFolderError(f"{path} does not match its sha256: {remedy}")
-
-
-def _sync(paths: Iterable[Path]) -> None:
-    """Bring files or folders to the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -7,12 +7,14 @@ import re
 
 from pydantic import BaseModel, ValidationError
 
+_SHOWN = 200
+
 
 def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str:
     """One line about the first mistake that `error` holds; `source` is where the values came from."""
     first = error.errors()[0]
     # Branches of a union are pydantic's business, not the user's.
-    location = [str(part) for part in first["loc"] if "[" not in str(part)]
+    location = [_shown(str(part)) for part in first["loc"] if "[" not in str(part)]
     dotted = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -23,11 +25,16 @@ def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str
     if first["type"] == "literal_error":
         choices = re.findall("'([^']*)'", message)
         message += "".join(
-            f"; did you mean {near}?" for near in difflib.get_close_matches(str(first["input"]), choices, 1)
+            f"; did you mean {near}?" for near in difflib.get_close_matches(str(first["input"])[:_SHOWN], choices, 1)
         )
     if isinstance(first["input"], dict):  # a rule about a whole section names its values itself
         return f"{source}: {dotted}: {message}{more}" if dotted else f"{source}: {message}{more}"
-    return f"{source}: {dotted} = {first['input']!r}: {message}{more}"
+    return f"{source}: {dotted} = {_shown(repr(first['input']))}: {message}{more}"
+
+
+def _shown(text: str) -> str:
+    """`text`, cut where it is longer than a person reads; comparing long ones with known keys would take long too."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def leaf_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -243,7 +243,7 @@ class TestNothingHalfWritten:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("longlora.data.shards.write_manifest", refuse)
-        with pytest.raises(DataError, match=r"shard cannot be written .*No space left.*free the disk"):
+        with pytest.raises(RunFolderError, match=r"shard cannot be written .*No space left.*free the disk"):
             write(tmp_path / "shard", ["sea"], tokenizer)
         assert not list(tmp_path.iterdir())
 
@@ -310,6 +310,17 @@ class TestDamage:
             ([0, 2, 2, 4], ["a", "b", "c"], "do not increase from 0"),
             ([0, 2, 3], ["a", "b"], "last offset is 3, there are 4 tokens"),
             ([0, 2, 5], ["a", "b"], "last offset is 5, there are 4 tokens"),
+            (
+                [0, 1, 2],
+                ["a", "b"],
+                "last offset is 2, there are 4 tokens in tokens.bin; 8 bytes a token are not int32",
+            ),
+            (
+                [0, 4, 8],
+                ["a", "b"],
+                "last offset is 8, there are 4 tokens in tokens.bin; 2 bytes a token are not int32",
+            ),
+            ([0, 2, 4], ["a", 7], "no list of document names"),
             ([0, 2, 4], None, "no list of document names"),
         ],
     )

@@ -132,6 +132,28 @@ def test_command_line(on_disk: str, longlora: Any) -> None:
     assert Plan.from_json(out).steps == 7
 
 
+def test_command_line_for_a_mesh(on_disk: str, longlora: Any) -> None:
+    mesh = ["--gpu", "a100-80g", "--gpus", "16", "parallel.sequence=4", "parallel.shard=fsdp2"]
+    code, out, _ = longlora("plan", on_disk, *mesh)
+    assert code == 0
+    for said in (
+        "4 x 4, on 2 nodes of 8",
+        "weights, gradients and optimizer states (fsdp2)",
+        "gathered",
+        "halo, beside computing",
+        "waiting for messages",
+        "main memory of a node while weights are read",
+    ):
+        assert said in out
+    code, out, _ = longlora("plan", on_disk, *mesh, "--json", "attention.pattern=full")
+    made = Plan.from_json(out)
+    assert (code, made.mesh.data, made.mesh.sequence, made.devices) == (0, 4, 4, 16)
+    assert [each.name for each in made.messages] == ["gradients", "weights, gathered", "all-to-all"]
+    _, out, _ = longlora("plan", on_disk, "--gpu", "a100-80g")
+    assert "data x sequence" not in out
+    assert "messages" not in out
+
+
 def test_command_line_measures_this_machine(on_disk: str, longlora: Any) -> None:
     code, out, err = longlora("plan", on_disk, "--json")
     assert code == 0
@@ -148,6 +170,8 @@ def test_command_line_measures_this_machine(on_disk: str, longlora: Any) -> None
         (["--gpu", "l4", "--memory", "0"], "must be more than 0 GB"),
         (["--gpu", "l4", "--memory", "0.65", "context.context_length=65536"], "needs"),
         (["--gpu", "l4", "context.context_length=32"], "is not longer than"),
+        (["--gpu", "l4", "--gpus", "8", "parallel.sequence=3"], "parallel.sequence=3 does not divide the 8 devices"),
+        (["--gpu", "l4", "--gpus", "8", "parallel.sequence=8"], "shorter than group_size=256"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str, on_disk: str, longlora: Any) -> None:

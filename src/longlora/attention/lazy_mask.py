@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import Plans
 from longlora.attention.passes import AHEAD, current_pass
+from longlora.attention.sequence import SequenceCut
 from longlora.errors import ModelError
 
 _OWN_ATTENTION = "train with the model's own attention, which longlora.use_full(model) brings back"
@@ -41,6 +42,11 @@ class LazyMask:
     def sparse(self) -> bool | None:
         """Whether the forward pass is sparse, as decided when it began; None if it went past the hooks."""
         return self._pass.sparse
+
+    @property
+    def cut(self) -> SequenceCut | None:
+        """How the rows are cut across processes: then these are the bounds that count, and not those of this mask."""
+        return self._pass.cut
 
     @property
     def window(self) -> int | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from longlora.attention.sequence import SequenceCut, current_cut
 from longlora.attention.settings import S2_ATTENTION
 from longlora.errors import ModelError
 
@@ -40,6 +41,8 @@ class ForwardPass:
     """Document bounds of a batch of one row, as FlashAttention takes them."""
     seq_idx: Tensor | None = None
     """[B, T] the number of each token's document."""
+    cut: SequenceCut | None = None
+    """How the rows are cut across processes; None if they are whole."""
 
 
 _UNWATCHED = ForwardPass()
@@ -107,7 +110,9 @@ def _before_forward(
     if sparse:
         _refuse_weights(decoder, kwargs)
         kwargs["use_cache"] = False
-    known = ForwardPass(sparse, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
+    known = ForwardPass(
+        sparse, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"), current_cut()
+    )
     _UNDER_WAY.set((*_around(decoder), (decoder, known)))
     return args, kwargs
 

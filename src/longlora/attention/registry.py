@@ -28,8 +28,9 @@ from longlora.attention.layers import (
 )
 from longlora.attention.lazy_mask import LazyMask, lazy_mask
 from longlora.attention.passes import current_pass, unwatch_passes, watch_passes
-from longlora.attention.pattern import Pattern, S2Pattern, WindowPattern
+from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
 from longlora.attention.rolled import rolled_attention
+from longlora.attention.sequence import attend_across, current_cut
 from longlora.attention.settings import S2_ATTENTION, SETTINGS, S2Settings, settings_of, usual_attention
 from longlora.attention.support import (
     layer_choice,
@@ -189,7 +190,8 @@ def s2_attention_forward(
             f"{type(module).__name__} was reached past the hooks of its decoder, so S2-Attn does not know what the "
             "pass is: call model(...), not model.forward(...)"
         )
-    if not sparse:
+    cut = attention_mask.cut if isinstance(attention_mask, LazyMask) else current_cut()
+    if not sparse and cut is None:
         own = {name: value for name, value in (("softcap", softcap), ("s_aux", s_aux)) if value is not None}
         return full_attention_forward(
             settings.full_attention, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
@@ -202,24 +204,28 @@ def s2_attention_forward(
         )
     require_computable(module, kwargs)
     window = attention_mask.window
-    if window is not None and hides_nothing(window, module.config, tokens=query.shape[2]):
+    if window is not None and hides_nothing(window, module.config, tokens=cut.longest if cut else query.shape[2]):
         window = None
-    pattern: Pattern = settings.pattern if window is None else WindowPattern(window)
+    own_pattern = settings.pattern if sparse else FULL
+    pattern: Pattern = own_pattern if window is None else WindowPattern(window)
     if settings.wraparound and window is None:
-        _require_plain(attention_mask.bounds_B, query.shape[2], dropout, softcap, s_aux)
+        _require_plain(attention_mask, query.shape[2], dropout, softcap, s_aux)
         return rolled_attention(query, key, value, settings.pattern.group_size, scaling), None
-    output = attend(
-        query, key, value, attention_mask.bounds_B, pattern, backend=settings.backend, scaling=scaling,
-        dropout=dropout, softcap=softcap, sink_logits_H=s_aux, plans=attention_mask.plans,
-        full_attention=settings.full_attention,
-    )  # fmt: skip
-    return output, None
+    options: dict[str, Any] = {
+        "backend": settings.backend, "scaling": scaling, "dropout": dropout, "softcap": softcap,
+        "sink_logits_H": s_aux, "plans": attention_mask.plans, "full_attention": settings.full_attention,
+    }  # fmt: skip
+    if cut is not None:
+        return attend_across(query, key, value, cut, pattern, **options), None
+    return attend(query, key, value, attention_mask.bounds_B, pattern, **options), None
 
 
 def _require_plain(
-    bounds_B: list[list[int]], tokens: int, dropout: float, softcap: float | None, s_aux: Tensor | None
+    mask: LazyMask, tokens: int, dropout: float, softcap: float | None, s_aux: Tensor | None
 ) -> None:
-    if any(bounds != [0, tokens] for bounds in bounds_B):
+    if mask.cut is not None:
+        raise ModelError("wraparound takes whole rows, and these are cut across processes: turn it off")
+    if any(bounds != [0, tokens] for bounds in mask.bounds_B):
         raise ModelError("wraparound takes one unpadded document a row; turn it off for packed or padded batches")
     if dropout:
         raise ModelError(

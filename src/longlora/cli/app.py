@@ -1,7 +1,7 @@
 """The ``longlora`` command: its verbs, and how errors reach a person.
 
 A `LongLoraError` is one line on stderr and exit code 2; Ctrl-C is one line and exit code 130; a traceback is
-a bug of ours.
+a bug of ours. Of several processes that `torchrun` started, one speaks (`longlora.training.failures`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
 
 import typer
 
 from longlora.cli import bench, check, data, export, measure, plan, prepare, quickstart, train, use
-from longlora.errors import InterruptedRunError, LongLoraError
+from longlora.errors import InterruptedRunError, LongLoraError, RecipeError
 from longlora.memory.allocator import keep_freed_memory, use_huge_pages
+from longlora.training.distributed import read_ranks
+from longlora.training.failures import report
 
 _INTERRUPTED = 130
 _OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -40,11 +43,12 @@ def main() -> None:
     use_huge_pages()
     keep_freed_memory()
     try:
+        _require_verb_for_several()
         app()
     except InterruptedRunError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, error)
     except LongLoraError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 2, error)
     except SystemExit as stopped:
         if stopped.code != _INTERRUPTED:  # typer's way to say Ctrl-C
             raise
@@ -52,16 +56,39 @@ def main() -> None:
             "interrupted; whatever was finished is whole: `longlora resume` goes on with a training run, and the same "
             "`longlora eval` with a measurement"
         )
-        _fail(message, _INTERRUPTED)
+        _fail(message, _INTERRUPTED, stopped)
     except OSError as error:
         if error.errno not in _OUR_FAULT_NOT:
+            _report_bug(error)
             raise
         place = f" {error.filename}" if error.filename else ""
-        _fail(f"cannot write{place}: {error.strerror}; free space or choose another run_dir", 2)
+        _fail(f"cannot write{place}: {error.strerror}; free space or choose another run_dir", 2, error)
+    except Exception as error:
+        _report_bug(error)
+        raise
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"longlora: {' '.join(message.split())}", file=sys.stderr)
+def _require_verb_for_several() -> None:
+    """Only training is for several processes."""
+    verb = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    if verb not in ("train", "resume") and (world := read_ranks().world) > 1:
+        raise RecipeError(
+            f"`longlora {verb}` runs in one process and was started in {world}: call it without a launcher"
+        )
+
+
+def _report_bug(error: Exception) -> None:
+    """Of several processes the one that has it prints its traceback, and those that only lost contact a line."""
+    if read_ranks().world > 1:
+        _fail("".join(traceback.format_exception(error)), 1, error)
+
+
+def _fail(message: str, code: int, error: BaseException) -> None:
+    ranks = read_ranks()
+    if ranks.world > 1:
+        report(ranks, error, message)
+    else:
+        print(f"longlora: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -70,7 +97,8 @@ def _show_choices() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("longlora")
-    logger.handlers = [handler]
+    logger.handlers = [handler if read_ranks().is_main else logging.NullHandler()]
+    logger.propagate = read_ranks().is_main
     logger.setLevel(logging.INFO)
 
 
@@ -82,3 +110,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not read_ranks().is_main:
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)

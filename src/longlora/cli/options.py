@@ -13,6 +13,7 @@ from rich.console import Console
 from longlora.artifacts import RunFolder, write_atomic
 from longlora.config import Recipe, dump_recipe, load_recipe
 from longlora.errors import RecipeError
+from longlora.training.distributed import read_ranks
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe YAML, or a run folder that holds a recipe.yaml.")
@@ -38,6 +39,6 @@ def save_recipe(recipe: Recipe) -> None:
 
 
 def console() -> Console:
-    """Where results are printed: stdout, without colours or bars when it is no terminal."""
+    """Where results are printed: stdout, without colours or bars when it is no terminal; of several processes, one."""
     # A log file has no width: lines there must not be broken at 80 columns.
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140, quiet=not read_ranks().is_main)

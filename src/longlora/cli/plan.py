@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 Lines = list[tuple[str, str]]
 
+_DIVIDED = {
+    "none": "nothing",
+    "zero2": "gradients and optimizer states",
+    "zero3": "weights, gradients and optimizer states",
+    "fsdp2": "weights, gradients and optimizer states",
+}
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the verbs of this file."""
@@ -29,7 +36,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     gpu: Annotated[str | None, typer.Option(help="Plan for this GPU, for example a100-80g.")] = None,
-    gpus: Annotated[int, typer.Option(help="How many of them, each with sequences of its own.")] = 1,
+    gpus: Annotated[int, typer.Option(help="How many of them, eight in a node.")] = 1,
     memory: Annotated[float | None, typer.Option(help="GB of memory of one device, instead of what it has.")] = None,
     price: Annotated[float | None, typer.Option(help="Price of one device for an hour, in any currency.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Look for the longest context that fits.")] = False,
@@ -47,7 +54,7 @@ def plan(
     from longlora.planning.settle import settle_memory
 
     config = load_config(resolved.model)
-    machine = machines.gpu(gpu, gpus) if gpu else machines.this_machine()
+    machine = machines.gpu(gpu, gpus) if gpu else machines.this_machine(resolved.parallel.sequence)
     if memory is not None:
         machine = machines.with_memory(machine, memory)
     say = Console(stderr=True)
@@ -74,9 +81,12 @@ def _print(made: Plan, out: Console) -> None:
         ("run", _run(made)),
         ("FLOPs of a step", _flops(made)),
         ("peak memory of one device", _memory(made)),
+        ("sent in a step by one device", _messages(made)),
         ("time", _time(made)),
         ("disk", _disk(made)),
     ):
+        if not lines:
+            continue
         table = Table(title, "", box=box.SIMPLE_HEAD, pad_edge=False, min_width=60)
         table.columns[1].justify = "left" if title == "run" else "right"
         for name, value in lines:
@@ -91,6 +101,7 @@ def _run(made: Plan) -> Lines:
     lines = [
         ("model", made.model),
         ("machine", devices),
+        *_mesh(made),
         ("context", f"{made.original_context_length:,} -> {made.context_length:,} tokens"),
         ("RoPE before", _rope(made.rope_before)),
         ("RoPE after", _rope(made.rope_after)),
@@ -104,6 +115,26 @@ def _run(made: Plan) -> Lines:
         lines.append(("training documents", reach))
     elif made.documents_named:
         lines.append(("training documents", "counted once `longlora prepare` has read them"))
+    return lines
+
+
+def _mesh(made: Plan) -> Lines:
+    """How the devices share the work; nothing where there is one."""
+    mesh = made.mesh
+    if mesh.devices == 1:
+        return []
+    nodes = f", on {mesh.nodes} nodes of {mesh.per_node}" if mesh.nodes > 1 else ""
+    lines = [("data x sequence", f"{mesh.data} x {mesh.sequence}{nodes}")]
+    if mesh.sequence > 1:
+        lines.append(("tokens of a row on a device", f"{-(-made.context_length // mesh.sequence):,}"))
+    return [*lines, ("divided among all", f"{_DIVIDED[mesh.shard]} ({mesh.shard})")]
+
+
+def _messages(made: Plan) -> Lines:
+    lines = []
+    for each in made.messages:
+        how = "beside computing" if each.overlapped else "waited for"
+        lines.append((f"{each.name}, {how}", f"{each.bytes / 1e9:,.2f} GB, {each.seconds:,.2f} s"))
     return lines
 
 
@@ -122,6 +153,8 @@ def _memory(made: Plan) -> Lines:
     lines.append(("the device has", f"{made.memory_available / 1e9:,.2f} GB"))
     if made.memory.offloaded:
         lines.append(("offloaded to main memory", f"{made.memory.offloaded / 1e9:,.2f} GB"))
+    if made.host_needed:
+        lines.append(("main memory of a node while weights are read", f"{made.host_needed / 1e9:,.2f} GB"))
     return lines
 
 
@@ -132,6 +165,7 @@ def _time(made: Plan) -> Lines:
         ("attention scores", f"{seconds.attention_scores:,.2f} s"),
         ("output head and loss", f"{seconds.head_and_loss:,.2f} s"),
         ("optimizer", f"{seconds.optimizer:,.2f} s"),
+        *([("waiting for messages", f"{seconds.communication:,.2f} s")] if made.messages else []),
         ("a step", f"{seconds.total:,.2f} s"),
         (f"{made.steps:,} steps", f"{made.hours:,.2f} h"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -18,9 +19,22 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    or_resume: Annotated[
+        bool,
+        typer.Option(
+            "--or-resume",
+            help="Go on from the newest whole checkpoint if there is one, and do nothing if the run is finished: for "
+            "launchers that start the same command again.",
+        ),
+    ] = False,
+) -> None:
     """Train on the prepared shards: an adapter, or the whole model with adapter.method=full."""
     resolved = read_recipe(recipe, overrides)
+    if or_resume and _goes_on(RunFolder(resolved.run_path), recipe, overrides):
+        return
     from longlora.training.trainer import train as run_training
 
     prepared = RunFolder(resolved.run_path).recipe
@@ -64,6 +78,22 @@ def merge(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
         return
     check = merge_adapter(run.adapter, run.merged)
     console().print(f"merged: {run.merged}, verified: {check.summary()}", highlight=False)
+
+
+def _goes_on(run: RunFolder, recipe: Path, overrides: list[str] | None) -> bool:
+    """Whether an earlier start of this run left something: it is resumed then, or finished already.
+
+    All processes of a run find the same: none writes before all have joined (`longlora.training.start`).
+    """
+    from longlora.training.checkpoint import has_whole_checkpoint
+
+    if run.trained.exists():
+        console().print(f"finished before: {run.trained}", highlight=False)
+        return True
+    if has_whole_checkpoint(run.checkpoints):
+        resume(recipe, overrides)
+        return True
+    return False
 
 
 def _say(folder: Path) -> None:

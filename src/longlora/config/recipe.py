@@ -7,12 +7,13 @@ import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from longlora.config.evaluation import EvalConfig
+from longlora.config.plain_yaml import MAX_CHARACTERS, read_yaml
 from longlora.config.section import Section
 from longlora.config.sections import (
     AdapterConfig,
@@ -31,7 +32,7 @@ from longlora.hints import explain
 class Recipe(Section):
     """A whole run. `run_dir` is where everything it makes is written."""
 
-    run_dir: str
+    run_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
     """Folder of the run; see artifacts.py for what is in it."""
     memory: Literal["check", "auto", "unchecked"] = "check"
     """What `longlora train` does before it loads weights: ``check`` refuses a run that does not fit into memory;
@@ -83,13 +84,14 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: the file is missing or not YAML, or a key or value is not understood.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist: give the path of a YAML file, see recipes/") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null character
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -122,9 +124,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise RecipeError(f"override {override!r} is not of the form section.key=value, for example train.steps=20")
     try:
-        value = yaml.safe_load(raw)
+        value = read_yaml(raw)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        raise RecipeError(f"override {override!r:.200}: the value is not valid YAML; quote it") from None
     # YAML 1.1 reads 3e-4 as a string; numbers are what a person means here.
     if isinstance(value, str):
         with contextlib.suppress(ValueError):

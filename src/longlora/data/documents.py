@@ -19,6 +19,7 @@ from longlora.data.formats import (
     decode,
     file_reader,
     hub_reader,
+    local_path,
     saved_dataset_reader,
     unreadable,
 )
@@ -94,7 +95,7 @@ def _readers(source: str) -> list[Reader]:
     """One reader for each file or dataset that `source` stands for."""
     if not source.strip():
         raise DataError(f"source {source!r} is empty: give a file, a folder or a hub id")
-    path = Path(source).expanduser()
+    path = local_path(source)
     try:
         if path.is_dir():
             return [saved_dataset_reader(path)] if _is_saved_dataset(path) else _folder_readers(path)

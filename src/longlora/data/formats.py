@@ -29,6 +29,14 @@ Reader = Callable[[str], Iterator[Raw]]
 """Text field -> names and texts of one file or dataset."""
 
 
+def local_path(source: str) -> Path:
+    """`source` as a path, ``~`` unfolded; `DataError` for the home of a user that there is not."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{source} cannot be found ({' '.join(str(error).split())}): give the whole path") from None
+
+
 def decode(raw: str | bytes | None) -> str | None:
     """The text, empty for a missing value; None if it is not UTF-8 or holds half a surrogate pair, as JSON may."""
     if raw is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlora.data.formats import any_of, decode, unreadable
+from longlora.data.formats import any_of, decode, local_path, unreadable
 from longlora.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -39,7 +39,7 @@ def record_readers(source: str) -> list[Callable[[], Iterator[Record]]]:
     Raises:
         DataError: the source does not exist or is of an unknown kind. The readers raise it for a damaged file.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     try:
         if path.is_dir():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longlora.config import InstructConfig
+from longlora.data.formats import local_path
 from longlora.data.shards import bound_tokens
 from longlora.errors import DataError
 
@@ -62,7 +63,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
         bos, _ = bound_tokens(tokenizer)
         tokenizer.chat_template = ("{{ bos_token }}" if bos else "") + _LLAMA2
     elif template != "chat":
-        tokenizer.chat_template = _read(Path(template).expanduser())
+        tokenizer.chat_template = _read(local_path(template))
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template: set "
@@ -194,7 +195,7 @@ def special_tokens(tokenizer: Any) -> list[str]:
 def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"data.instruct.template={path} cannot be read ({error}): give chat, llama2 or a file with a template"
         ) from None

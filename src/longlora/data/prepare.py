@@ -9,20 +9,27 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from longlora.artifacts import RunFolder
-from longlora.config import Recipe
+from longlora.artifacts import RunFolder, write_atomic
+from longlora.config import Recipe, dump_recipe
 from longlora.data.documents import ReadReport, read_documents
+from longlora.data.formats import TEXT_SUFFIXES, local_path
 from longlora.data.instruct import InstructReport, check_sources, write_instruct_shard
 from longlora.data.shards import TokenShard, write_shard
 from longlora.errors import DataError, RunFolderError
+from longlora.storage import put_folder, require_free_space
 
 
 def prepare_shards(recipe: Recipe, tokenizer: Any, tokenizer_hash: str, console: Console) -> None:
-    """Write ``data/train`` and ``data/heldout`` of the run folder; prints what was read, shortened and left out.
+    """Write ``data/train``, ``data/heldout`` and, last, ``recipe.yaml``; prints what was read, shortened and left out.
+
+    Earlier shards stay until both new ones are whole. Only a folder with a ``recipe.yaml`` is prepared: while shards
+    change places there is none, so that a process that is killed never leaves those of two recipes side by side
+    unnoticed.
 
     Raises:
         DataError: the recipe names no training texts, or a source cannot be used.
-        RunFolderError: the run folder already holds an adapter or checkpoints that belong to other shards.
+        RunFolderError: the run folder is in use, already holds an adapter or checkpoints that belong to other shards,
+            or has no room.
     """
     run = RunFolder(recipe.run_path)
     if not recipe.data.train:
@@ -34,11 +41,35 @@ def prepare_shards(recipe: Recipe, tokenizer: Any, tokenizer_hash: str, console:
             check_sources(sources, recipe.data.instruct)
         else:
             read_documents(sources, recipe.data.text_field, ReadReport())
-    for name, sources, folder in parts:
-        if sources:
-            _write(recipe, sources, folder, name, tokenizer, tokenizer_hash, console)
-        elif folder.exists():
-            shutil.rmtree(folder)  # what an earlier prepare held out is not held out any more
+    with run.lock("longlora prepare"):
+        require_free_space(run.root, _least_bytes(recipe), "tokens of data.train and data.heldout")
+        shutil.rmtree(run.preparing, ignore_errors=True)  # of a prepare that was killed
+        try:
+            for name, sources, _ in parts:
+                if sources:
+                    _write(recipe, sources, run.preparing / name, name, tokenizer, tokenizer_hash, console)
+            run.recipe.unlink(missing_ok=True)
+            for name, _, folder in parts:
+                _take_place(run.preparing / name, folder)
+            write_atomic(run.recipe, dump_recipe(recipe))
+        finally:
+            shutil.rmtree(run.preparing, ignore_errors=True)
+
+
+def _take_place(prepared: Path, folder: Path) -> None:
+    """Put what was prepared where it belongs; what an earlier prepare held out may not be held out any more."""
+    if prepared.exists():
+        put_folder(prepared, folder)
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def _least_bytes(recipe: Recipe) -> int:
+    """Bytes of tokens that plain text files surely give: four a token, and no tokenizer makes less than one token of
+    eight bytes of text, on the whole. Of other files nobody knows how much of them is text."""
+    sources = [local_path(source) for source in (*recipe.data.train, *recipe.data.heldout)]
+    files = [file for source in sources for file in (source.rglob("*") if source.is_dir() else [source])]
+    return sum(file.stat().st_size for file in files if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()) // 2
 
 
 def _write(
@@ -54,7 +85,8 @@ def _write(
     try:
         shard, summary = write(recipe, sources, folder, name, tokenizer, tokenizer_hash)
     except (DataError, RunFolderError) as error:
-        raise DataError(f"data.{name}: {error}") from None
+        place = str(RunFolder(recipe.run_path).preparing)
+        raise DataError(f"data.{name}: {str(error).replace(place, str(Path(place).parent))}") from None
     learned = "" if shard.mask is None else f", {int(shard.mask.sum(dtype=np.int64)):,} of them to be learned"
     noun = "documents" if shard.mask is None else "examples"
     console.print(
@@ -76,7 +108,6 @@ def _write_documents(
         add_special_tokens=recipe.data.add_special_tokens,
         min_document_tokens=recipe.data.min_document_tokens,
         report=report,
-        replace=True,
     )
     return shard, report.summary()
 
@@ -95,6 +126,5 @@ def _write_examples(
         weights=recipe.data.instruct.weights if name == "train" else (),
         seed=recipe.train.seed,
         report=report,
-        replace=True,
     )
     return shard, report.summary(context_length)

@@ -18,6 +18,18 @@ from numpy.typing import NDArray
 
 from longlora.artifacts import LOSS_MASK, OFFSETS, TOKENS, new_folder, verify_manifest, write_manifest
 from longlora.data.documents import Document, ReadReport
+from longlora.data.shard_checks import (
+    FLAG,
+    OFFSET,
+    PREPARE_AGAIN,
+    TOKEN,
+    check_facts,
+    check_tokens,
+    damaged,
+    foreign_manifest,
+    map_files,
+    map_mask,
+)
 from longlora.errors import DataError, RunFolderError
 
 if TYPE_CHECKING:
@@ -25,11 +37,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-_TOKEN = np.dtype("<i4")
-_OFFSET = np.dtype("<i8")
-_FLAG = np.dtype("u1")
 _BATCH_CHARACTERS = 1_000_000
-_PREPARE_AGAIN = "run `longlora prepare` again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +107,8 @@ def write_shard(
         replace: remove an existing shard, after the new one was written.
 
     Raises:
-        DataError: no document was left, or the disk refused.
-        RunFolderError: `folder` exists and `replace` is false.
+        DataError: no document was left, or `folder` cannot be written.
+        RunFolderError: `folder` exists and `replace` is false, or the disk is full.
     """
     rows = _long_enough(_token_rows(documents, tokenizer, add_special_tokens, report), min_document_tokens, report)
     return write_rows(
@@ -143,15 +151,15 @@ def write_rows(
         replace: remove an existing shard, after the new one was written.
 
     Raises:
-        DataError: there is no row, or the disk refused.
-        RunFolderError: `folder` exists and `replace` is false.
+        DataError: there is no row, or `folder` cannot be written.
+        RunFolderError: `folder` exists and `replace` is false, or the disk is full.
     """
     try:
         with new_folder(folder, replace=replace) as temporary:
             names, offsets = _write_tokens(temporary, rows)
             if not names:
                 raise DataError(nothing_left())
-            offsets.tofile(temporary / OFFSETS)
+            (temporary / OFFSETS).write_bytes(offsets.tobytes())
             write_manifest(
                 temporary,
                 schema=SCHEMA,
@@ -167,66 +175,36 @@ def write_rows(
     return open_shard(folder, tokenizer_hash)
 
 
-def open_shard(folder: Path, tokenizer_hash: str | None) -> TokenShard:
-    """The shard at `folder`, after checking its sizes, checksums, offsets and tokenizer.
+def open_shard(folder: Path, tokenizer_hash: str | None, vocabulary: int | None = None) -> TokenShard:
+    """The shard at `folder`, after checking its sizes, checksums, offsets, tokens and tokenizer.
 
     Args:
         tokenizer_hash: of the model's tokenizer; None accepts any.
+        vocabulary: rows of the model's embedding, which no token may lie beyond; None: no limit.
 
     Raises:
         DataError: the shard is missing, damaged, or was prepared with another tokenizer.
     """
     try:
-        manifest = verify_manifest(folder, _PREPARE_AGAIN)
+        manifest = verify_manifest(folder, PREPARE_AGAIN)
     except RunFolderError as error:
         raise DataError(str(error)) from error
     except (AttributeError, KeyError, TypeError) as error:  # JSON, but not one of our manifests
-        raise _damaged(folder, f"its manifest names no files with sizes and sha256 ({error!r})") from error
+        raise foreign_manifest(folder, error) from error
     schema = manifest.get("schema")
     if schema != SCHEMA:
-        raise _damaged(folder, f"its manifest has schema {schema!r}, this version reads {SCHEMA}")
+        raise damaged(folder, f"its manifest has schema {schema!r:.40}, this version reads {SCHEMA}")
+    check_facts(folder, manifest)
     prepared_with = manifest.get("tokenizer_hash")
     if tokenizer_hash is not None and prepared_with != tokenizer_hash:
         raise DataError(
-            f"{folder} was prepared with tokenizer {prepared_with}, the model has {tokenizer_hash}: {_PREPARE_AGAIN}"
+            f"{folder} was prepared with tokenizer {prepared_with}, the model has {tokenizer_hash}: {PREPARE_AGAIN}"
         )
-    names = manifest.get("names")
-    if not isinstance(names, list):
-        raise _damaged(folder, "its manifest has no list of document names")
-    tokens, offsets = _map_files(folder, manifest["files"])
-    _check_offsets(folder, offsets, len(names), len(tokens))
-    mask = _map_mask(folder, manifest["files"], len(tokens))
-    return TokenShard(folder, tokens, offsets, tuple(names), str(prepared_with), mask, manifest.get("chat_template"))
-
-
-def _map_files(folder: Path, files: dict[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    for name, dtype in ((TOKENS, _TOKEN), (OFFSETS, _OFFSET)):
-        size = files.get(name, {"bytes": 0})["bytes"]
-        if size == 0 or size % dtype.itemsize:
-            raise _damaged(folder, f"{name} has {size} bytes, not a multiple of {dtype.itemsize} above 0")
-    return np.memmap(folder / TOKENS, dtype=_TOKEN, mode="r"), np.fromfile(folder / OFFSETS, dtype=_OFFSET)
-
-
-def _map_mask(folder: Path, files: dict[str, Any], tokens: int) -> NDArray[np.uint8] | None:
-    if LOSS_MASK not in files:
-        return None
-    size = files[LOSS_MASK]["bytes"]
-    if size != tokens:
-        raise _damaged(folder, f"{LOSS_MASK} has {size} bytes for {tokens} tokens")
-    return np.memmap(folder / LOSS_MASK, dtype=_FLAG, mode="r")
-
-
-def _check_offsets(folder: Path, offsets: NDArray[np.int64], documents: int, tokens: int) -> None:
-    if len(offsets) != documents + 1:
-        raise _damaged(folder, f"{documents} documents need {documents + 1} offsets, there are {len(offsets)}")
-    if offsets[0] != 0 or np.any(np.diff(offsets) <= 0):
-        raise _damaged(folder, "its offsets do not increase from 0")
-    if offsets[-1] != tokens:
-        raise _damaged(folder, f"its last offset is {offsets[-1]}, there are {tokens} tokens")
-
-
-def _damaged(folder: Path, what: str) -> DataError:
-    return DataError(f"{folder} is no usable token shard, {what}: {_PREPARE_AGAIN}")
+    tokens, offsets = map_files(folder, manifest)
+    check_tokens(folder, tokens, vocabulary)
+    mask = map_mask(folder, manifest["files"], len(tokens))
+    names = tuple(manifest["names"])
+    return TokenShard(folder, tokens, offsets, names, str(prepared_with), mask, manifest.get("chat_template"))
 
 
 def _write_tokens(folder: Path, rows: Iterable[TokenRow]) -> tuple[list[str], NDArray[np.int64]]:
@@ -237,13 +215,14 @@ def _write_tokens(folder: Path, rows: Iterable[TokenRow]) -> tuple[list[str], ND
         tokens = opened.enter_context((folder / TOKENS).open("wb"))
         masks = None
         for row in rows:
-            np.asarray(row.tokens, dtype=_TOKEN).tofile(tokens)
+            # Not numpy's tofile: on a full disk it leaves a shorter file and says nothing.
+            tokens.write(np.asarray(row.tokens, dtype=TOKEN).tobytes())
             if row.mask is not None:
                 masks = masks or opened.enter_context((folder / LOSS_MASK).open("wb"))
-                np.asarray(row.mask, dtype=_FLAG).tofile(masks)
+                masks.write(np.asarray(row.mask, dtype=FLAG).tobytes())
             names.append(row.name)
             offsets.append(offsets[-1] + len(row.tokens))
-    return names, np.asarray(offsets, dtype=_OFFSET)
+    return names, np.asarray(offsets, dtype=OFFSET)
 
 
 def _long_enough(

@@ -29,7 +29,8 @@ def evaluate(recipe: Recipe, console: Console) -> list[Path]:
     ``trained`` is the merged model of the run, or its adapter merged in memory where there is no ``merged/`` yet.
 
     Raises:
-        LongLoraError: there is no trained model, no document long enough, or something does not fit.
+        LongLoraError: there is no trained model, no document long enough, or something does not fit; or another process
+            measures the same variant of the run.
     """
     run = RunFolder(recipe.run_path)
     tokenizer = tokenizer_of(recipe)
@@ -40,18 +41,19 @@ def evaluate(recipe: Recipe, console: Console) -> list[Path]:
     paths = []
     for variant in recipe.eval.variants:
         _warn_beyond(recipe, contexts, material, variant, console)
-        model = load_variant(recipe, run, variant).to(device_for_run())
-        measurement = Measurement(recipe, model, tokenizer, run.samples(variant), console, variant)
-        rows = measurement.of(material, _windows(recipe, contexts), keys, _longppl_context(recipe, contexts))
-        about = {
-            "schema": 2,
-            "variant": variant,
-            "original_context_length": contexts.original,
-            "context_length": contexts.extended,
-            "covered_context_length": contexts.covered(variant),
-        }
-        paths.append(run.evaluation(variant))
-        write_json(paths[-1], about | rows)
+        with run.lock_evaluation(variant, "longlora eval"):
+            model = load_variant(recipe, run, variant).to(device_for_run())
+            measurement = Measurement(recipe, model, tokenizer, run.samples(variant), console, variant)
+            rows = measurement.of(material, _windows(recipe, contexts), keys, _longppl_context(recipe, contexts))
+            about = {
+                "schema": 2,
+                "variant": variant,
+                "original_context_length": contexts.original,
+                "context_length": contexts.extended,
+                "covered_context_length": contexts.covered(variant),
+            }
+            paths.append(run.evaluation(variant))
+            write_json(paths[-1], about | rows)
         del model, measurement
         gc.collect()
     return paths
@@ -137,9 +139,11 @@ def _key_documents(
         )
     other = load_tokenizer(evaluator)
     model = load_model(evaluator).to(device_for_run())
-    measurement = Measurement(recipe, model, tokenizer, run.samples("longppl_evaluator"), console, "longppl evaluator")
     pair = None if tokenizer_hash(other) == tokenizer_hash(tokenizer) else (tokenizer, other)
-    found = measurement.key_documents(documents, context, pair)
+    samples = "longppl_evaluator"
+    with run.lock_evaluation(samples, "longlora eval"):
+        measurement = Measurement(recipe, model, tokenizer, run.samples(samples), console, "longppl evaluator")
+        found = measurement.key_documents(documents, context, pair)
     del model, measurement
     gc.collect()
     return found

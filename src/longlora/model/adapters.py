@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longlora.config import AdapterConfig
@@ -124,13 +124,18 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         raise ModelError(f"adapter {folder} cannot be loaded ({error}): train again or restore the folder") from error
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Save everything that was trained as one safetensors file, and check that nothing is missing in it.
+
+    Args:
+        model: with the adapter.
+        folder: where to.
+        weights: what was trained, by its names in `model`; None means as it is in `model`.
 
     Raises:
         ModelError: a trained parameter did not reach the file.
     """
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         saved = set(file.keys())

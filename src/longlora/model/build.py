@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from longlora.config import ModelConfig
 from longlora.errors import ModelError
@@ -96,6 +97,7 @@ def _built(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, **o
             config=config,
             dtype=dtype,
             trust_remote_code=False,
+            use_safetensors=True,  # a pickle is never opened
             **options,
         )
     except Exception as error:
@@ -107,16 +109,22 @@ def _built(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, **o
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer; remote code is refused.
 
     Raises:
-        ModelError: there is none or it cannot be read.
+        ModelError: there is none, it cannot be read, or it brings its own code.
     """
-    source = model.name_or_path
+    source, revision = model.name_or_path, model.revision or "main"
     try:
-        return AutoTokenizer.from_pretrained(source, revision=model.revision or "main", trust_remote_code=False)
+        own_code = get_tokenizer_config(source, revision=revision).get("auto_map")
+        tokenizer = (
+            None if own_code else AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        )
     except Exception as error:
         raise ModelError(f"tokenizer of {source!r} cannot be read ({_first_line(error)}): {_remedy(source)}") from error
+    if tokenizer is None:
+        raise ModelError(f"the tokenizer of {source!r} brings its own code (auto_map), which longlora does not run")
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -147,8 +155,9 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def device_for_run() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator of this process if there is one, else the CPU."""
+    # With its number: of several processes each has one of its own, which was made the current one.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 import longlora
 from longlora.artifacts import MANIFEST, RunFolder, read_json, sha256_file
 from longlora.config import AttentionConfig, ModelConfig, Recipe
+from longlora.config.plain_yaml import read_yaml
 from longlora.errors import ModelError, RunFolderError
 from longlora.model.build import load_config
 from longlora.model.card import CardFacts, ShardFacts, TrainingFacts
@@ -97,7 +98,7 @@ def _front_matter(sidecar: Sidecar) -> dict[str, Any]:
         card = try_to_load_from_cache(sidecar.base_model, CARD, revision=sidecar.base_revision)
     try:
         text = Path(card).read_text(encoding="utf-8") if isinstance(card, str | Path) else ""
-        values = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+        values = read_yaml(text.split("---")[1]) if text.startswith("---") else None
     except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
         return {}
     return {key: values[key] for key in _LICENCE if key in values} if isinstance(values, dict) else {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import longlora
-from longlora.artifacts import RunFolder, new_folder, read_json, write_manifest
+from longlora.artifacts import RunFolder, lock_output, new_folder, read_json, write_manifest
 from longlora.config import ModelConfig, Recipe
 from longlora.errors import ModelError, RunFolderError
 from longlora.model.build import load_tokenizer
@@ -26,6 +26,7 @@ from longlora.model.merge import already_whole, merge_adapter
 from longlora.model.read_back import ReadBack, read_back
 from longlora.model.serving import answer_end, command_lines, modelfile
 from longlora.model.sidecar import Sidecar, read_sidecar
+from longlora.storage import require_free_space
 
 MODELFILE, _CONFIG, _GENERATION = "Modelfile", "config.json", "generation_config.json"
 # What an ordinary model folder holds; anything else that lies in merged/ is left behind.
@@ -77,8 +78,8 @@ def export_run(
 
     Raises:
         ModelError: the model cannot be merged, or what was written is not what the run trained; nothing is kept.
-        RunFolderError: `output` exists or is a folder that the run writes, or the run has no adapter or a damaged
-            merged/.
+        RunFolderError: `output` exists, does not fit on the disk or is a folder that the run writes, or the run has no
+            adapter or a damaged merged/.
     """
     _require_own_place(run, output)
     if recipe.adapter.method == "full":
@@ -86,7 +87,8 @@ def export_run(
     sidecar = read_sidecar(run.trained)
     name, length = output.resolve().name, sidecar.context_length
     gguf_name = f"{name}-{converter.kind}.gguf" if converter else None
-    with new_folder(output) as folder:
+    with lock_output(output, "longlora export"), new_folder(output) as folder:
+        _require_room(run, folder, converter)
         _take_model(run, folder)
         _rewrite_configs(folder, legacy_rope=legacy_rope)
         model = read_back(folder, sidecar)
@@ -120,6 +122,13 @@ def _require_own_place(run: RunFolder, output: Path) -> None:
     for own in (run.merged, run.adapter, run.checkpoints, run.train_shard.parent, run.evaluation("base").parent):
         if place.is_relative_to(own.resolve()):
             raise RunFolderError(f"output folder {output} is where the run keeps {own.name}/: name another one")
+
+
+def _require_room(run: RunFolder, folder: Path, converter: Converter | None) -> None:
+    """The weights, and those of a GGUF file, which are at least half of theirs; a merge made now asks for itself."""
+    weights = sum(path.stat().st_size for path in run.merged.glob("*.safetensors"))
+    gguf = 0 if converter is None else weights // (4 if converter.kind == "q8_0" else 2)
+    require_free_space(folder.parent, weights + gguf, "the exported model")
 
 
 def _take_model(run: RunFolder, folder: Path) -> None:

@@ -16,15 +16,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longlora.artifacts import new_folder, verify_manifest, write_manifest
+from longlora.artifacts import lock_output, new_folder, verify_manifest, write_manifest
 from longlora.config import ModelConfig
 from longlora.errors import ModelError, RunFolderError
+from longlora.model.adapter_files import require_own_adapter
 from longlora.model.adapters import load_adapter
 from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
 from longlora.model.end_tokens import with_end
 from longlora.model.serving import answer_end
 from longlora.model.sidecar import Sidecar, read_sidecar, write_sidecar
 from longlora.model.trainable import TrainedModel, base_of, copy_weights
+from longlora.storage import require_free_space
 
 _PROBE_TOKENS = 128
 # Largest difference of float32 logits, as a part of their spread, that merging by addition may cause.
@@ -64,10 +66,10 @@ def merge_adapter(adapter: Path, output: Path) -> MergeCheck:
 
     Raises:
         ModelError: the merged model does not compute what the adapter does, or the adapter changes nothing.
-        RunFolderError: `output` exists, or the adapter folder is damaged.
+        RunFolderError: `output` exists or does not fit on the disk, or the adapter folder is damaged.
     """
     sidecar = _verified_sidecar(adapter)
-    with new_folder(output) as folder:
+    with lock_output(output, "longlora merge"), new_folder(output) as folder:
         return _write_checked(sidecar, lambda base: load_adapter(base, str(adapter)), folder)
 
 
@@ -125,6 +127,8 @@ def _write_checked(sidecar: Sidecar, train: Callable[[PreTrainedModel], TrainedM
             f"({tokenizer_hash(tokenizer)[:12]}, was {sidecar.tokenizer_sha256[:12]}): restore the base model"
         )
     base = _base_in_float32(source, sidecar)
+    width = getattr(torch, sidecar.dtype).itemsize
+    require_free_space(folder.parent, width * sum(p.numel() for p in base.parameters()), "the merged model")
     probe = _probe(base)
     base_logits = _logits(base, probe)
     trained = train(base)
@@ -195,6 +199,7 @@ def _verified_sidecar(adapter: Path) -> Sidecar:
     if not adapter.is_dir():
         raise RunFolderError(f"adapter folder {adapter} does not exist: run `longlora train` first")
     verify_manifest(adapter, "the adapter folder is damaged; train again or restore it")
+    require_own_adapter(adapter)
     return read_sidecar(adapter)
 
 

@@ -90,6 +90,7 @@ def _missing(folder: Path, config: PreTrainedConfig, tensors: set[str]) -> list[
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            use_safetensors=True,
         )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]

@@ -73,16 +73,22 @@ def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
 
 
-def save_trained(model: TrainedModel, folder: Path) -> None:
+def save_trained(model: TrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write everything that is trained, in float32, as one safetensors file.
+
+    Args:
+        model: as it is trained.
+        folder: exists.
+        weights: the trained weights by their names in memory, where `model` itself does not hold them whole because
+            processes share them; None means those of `model`.
 
     Raises:
         ModelError: a trained parameter did not reach the file.
     """
     if isinstance(model, PeftModel):
-        save_adapter(model, folder)
+        save_adapter(model, folder, weights)
     else:
-        save_file(trained_weights(model), folder / _WHOLE_WEIGHTS, metadata={"format": "pt"})
+        save_file(weights or trained_weights(model), folder / _WHOLE_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_trained(model: TrainedModel, folder: Path) -> None:

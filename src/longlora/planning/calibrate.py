@@ -69,13 +69,16 @@ def calibrate(config: PreTrainedConfig, recipe: Recipe, machine: Machine) -> Mac
     per_layer = [(_inside(flops[1], part) - _inside(flops[0], part)) / layers for part in ("scores", "linear")]
     linear_seconds = max(layer_seconds - per_layer[0] / short_rate, 0.1 * layer_seconds)
     head_seconds = max(few_seconds - counts[0] * layer_seconds, _LEAST_SECONDS)
+    # Measured by one process; on a CPU others take their part of its cores.
+    sharing = 1 if machine.cuda else machine.processes
+    shared = f", shared by {sharing} processes" if sharing > 1 else ""
     return replace(
         machine,
-        linear_flops=max(per_layer[1], 1.0) / linear_seconds,
-        score_flops=score_rate,
-        head_flops=max(flops[0].output_head, 1.0) / head_seconds,
-        bandwidth=_bandwidth(),
-        basis=f"measured on {counts[0]} and {counts[1]} layers of the model at {tokens} tokens",
+        linear_flops=max(per_layer[1], 1.0) / linear_seconds / sharing,
+        score_flops=score_rate / sharing,
+        head_flops=max(flops[0].output_head, 1.0) / head_seconds / sharing,
+        bandwidth=_bandwidth() / sharing,
+        basis=f"measured on {counts[0]} and {counts[1]} layers of the model at {tokens} tokens{shared}",
     )
 
 

@@ -57,6 +57,10 @@ class StepFlops:
     def by_part(self) -> Flops:
         return self.forward + self.recomputed + self.backward
 
+    def times(self, count: float) -> StepFlops:
+        """As many of it."""
+        return StepFlops(*(_times(each, count) for each in (self.forward, self.recomputed, self.backward)))
+
 
 def forward_flops(model: Outline, tokens: int, counting: Counting = "causal") -> Flops:
     """One forward pass of one document of `tokens` tokens."""

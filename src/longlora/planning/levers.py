@@ -55,7 +55,9 @@ def levers(recipe: Recipe, *, cuda: bool) -> list[Lever]:
     for tile in _TILES:
         coarser = train.mlp_tile_tokens is None or train.mlp_tile_tokens > tile
         add(coarser, {"train.mlp_tile_tokens": tile}, "temporary", "saved_activations")
-    add(cuda and train.optimizer == "adamw", {"train.optimizer": "adamw_8bit"}, "optimizer")
+    # Its states cannot be divided among devices, and there is little left of them where they are.
+    whole = recipe.parallel.shard == "none"
+    add(cuda and whole and train.optimizer == "adamw", {"train.optimizer": "adamw_8bit"}, "optimizer")
     add(cuda and not train.activation_offload, {"train.activation_offload": True}, "saved_activations")
     full = recipe.adapter.method == "full"  # no weight is frozen then
     add(cuda and not full and recipe.model.quantization == "none", {"model.quantization": "nf4"}, "frozen_weights")
@@ -65,6 +67,28 @@ def levers(recipe: Recipe, *, cuda: bool) -> list[Lever]:
         rows = {"adapter.embedding_rows": "occurring"}
         pulled.append(Lever(rows, ("trained_weights", "gradients", "optimizer"), automatic=False))
     return pulled
+
+
+def across_devices(recipe: Recipe, devices: int) -> list[dict[str, Any]]:
+    """Settings of the section `parallel` that divide more among `devices`, those with fewer messages first.
+
+    None of them is a `Lever`: who shares a row changes how many rows a step has.
+    """
+    now = recipe.parallel
+    sequences = [number for number in range(now.sequence, devices + 1) if devices % number == 0]
+    # ZeRO-2 divides less, and FSDP2 no weights in 4 bits; both are kept where the recipe says so.
+    shards = [now.shard] if now.shard in ("fsdp2", "zero3") or devices == 1 else [now.shard, "fsdp2"]
+    every = [
+        {"parallel.shard": shard, "parallel.sequence": sequence}
+        for sequence in sequences
+        for shard in shards
+        if (shard, sequence) != (now.shard, now.sequence)
+    ]
+    return [{key: value for key, value in each.items() if value != _now(recipe, key)} for each in every]
+
+
+def _now(recipe: Recipe, key: str) -> Any:
+    return getattr(recipe.parallel, key.removeprefix("parallel."))
 
 
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:

@@ -3,7 +3,8 @@
 Peaks are the makers' numbers for dense bf16 products with float32 sums. What of them training reaches is
 `_UTILISATION`: the LongLoRA paper's own hours for Llama-2-7B on A100 (table 12, LoRA and LongLoRA, 8k to 64k tokens)
 are explained within 7% by 46% of the peak in linear layers and 68% in attention scores (FlashAttention-2), where
-recomputation is counted and pairs that causality forbids are not. For other GPUs both are assumptions.
+recomputation is counted and pairs that causality forbids are not. For other GPUs both are assumptions. What messages
+between GPUs reach (`_LINK_UTILISATION`) is one for all of them, and no hardware was at hand to check it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,29 @@ from longlora.memory.limit import process_bytes
 _UTILISATION = 0.46
 _SCORE_UTILISATION = 0.68
 _CUDA_CONTEXT = 600 * 2**20
+_PER_NODE = 8
+# Part of the links' numbers that large messages reach: an assumption.
+_LINK_UTILISATION = 0.7
 _GPU_ALLOCATOR = 0.05
 _CPU_PROCESS = 520 * 2**20
 # With freed memory given back: see `longlora.memory.allocator`. A run for which that is tight does give it back.
 _CPU_ALLOCATOR = 0.03
+
+
+@dataclass(frozen=True)
+class Links:
+    """What joins the devices. Rates are bytes/s that one device sends, as messages reach them."""
+
+    devices: int
+    """Of one node."""
+    within: float
+    """To devices of its node."""
+    between: float
+    """To those of other nodes, while all devices of its node send as well."""
+
+
+# Processes of one machine that talk through its memory by gloo: a guess.
+_LOOPBACK = Links(2**20, 1e9, 1e9)
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,7 @@ class Machine:
     allocator_share: float
     """What allocator and kernels take beside tensors, as a part of these."""
     count: int = 1
-    """Devices that train together, each on sequences of its own."""
+    """Devices that train together: all of them, on all nodes."""
     cuda: bool = True
     """Whether what needs CUDA can be used."""
     present: bool = False
@@ -55,27 +75,43 @@ class Machine:
     """Main memory beside that of a GPU, where it is known."""
     basis: str = ""
     """Where the rates come from, in words."""
+    links: Links = _LOOPBACK
+
+    @property
+    def processes(self) -> int:
+        """Of one node: those that share its main memory."""
+        return min(self.count, self.links.devices)
 
 
-# Peak bf16 FLOP/s, bytes/s, GB of memory.
+# Of a device, by what joins them: bytes/s to its node, bytes/s to other nodes; the makers' numbers of one direction.
+# NVLink 3, 4 and 5 with 200 and 400 Gb/s of network for each GPU (DGX A100, H100, B200); Infinity Fabric; PCIe 4 and 5
+# with 100 Gb/s for the eight of a node.
+_NVLINK_3 = (300e9, 25e9)
+_NVLINK_4 = (450e9, 50e9)
+_NVLINK_5 = (900e9, 50e9)
+_INFINITY_FABRIC = (448e9, 50e9)
+_PCIE_4 = (32e9, 100e9 / 8 / _PER_NODE)
+_PCIE_5 = (64e9, 100e9 / 8 / _PER_NODE)
+
+# Peak bf16 FLOP/s, bytes/s, GB of memory, links.
 _GPUS = {
-    "a10g": (70e12, 600e9, 24),
-    "a100-40g": (312e12, 1555e9, 40),
-    "a100-80g": (312e12, 2039e9, 80),
-    "b200": (2250e12, 8000e9, 180),
-    "h100-80g": (989e12, 3350e9, 80),
-    "h200": (989e12, 4800e9, 141),
-    "l4": (121e12, 300e9, 24),
-    "l40s": (362e12, 864e9, 48),
-    "mi300x": (1307e12, 5300e9, 192),
-    "rtx3090": (71e12, 936e9, 24),
-    "rtx4090": (165e12, 1008e9, 24),
-    "rtx5090": (210e12, 1792e9, 32),
+    "a10g": (70e12, 600e9, 24, _PCIE_4),
+    "a100-40g": (312e12, 1555e9, 40, _NVLINK_3),
+    "a100-80g": (312e12, 2039e9, 80, _NVLINK_3),
+    "b200": (2250e12, 8000e9, 180, _NVLINK_5),
+    "h100-80g": (989e12, 3350e9, 80, _NVLINK_4),
+    "h200": (989e12, 4800e9, 141, _NVLINK_4),
+    "l4": (121e12, 300e9, 24, _PCIE_4),
+    "l40s": (362e12, 864e9, 48, _PCIE_4),
+    "mi300x": (1307e12, 5300e9, 192, _INFINITY_FABRIC),
+    "rtx3090": (71e12, 936e9, 24, _PCIE_4),
+    "rtx4090": (165e12, 1008e9, 24, _PCIE_4),
+    "rtx5090": (210e12, 1792e9, 32, _PCIE_5),
 }
 
 
 def gpu(name: str, count: int = 1) -> Machine:
-    """`count` GPUs of a kind.
+    """`count` GPUs of a kind, eight in a node.
 
     Raises:
         PlanError: the kind is unknown, or the count is not positive.
@@ -84,7 +120,7 @@ def gpu(name: str, count: int = 1) -> Machine:
         raise PlanError(f"--gpus {count}: must be at least 1")
     if name not in _GPUS:
         raise PlanError(f"--gpu {name} is unknown: give one of {', '.join(_GPUS)}")
-    peak, bandwidth, memory = _GPUS[name]
+    peak, bandwidth, memory, (within, between) = _GPUS[name]
     return Machine(
         name=name,
         memory_bytes=int(memory * 1e9),
@@ -96,11 +132,20 @@ def gpu(name: str, count: int = 1) -> Machine:
         allocator_share=_GPU_ALLOCATOR,
         count=count,
         basis=f"{_UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s ({_SCORE_UTILISATION:.0%} in scores), as in table 12",
+        links=Links(_PER_NODE, _LINK_UTILISATION * within, _LINK_UTILISATION * between),
     )
 
 
-def this_machine() -> Machine:
-    """The present GPU or CPU with its free memory; its rates are guesses until `calibrate` measured them."""
+def this_machine(processes: int = 1, here: int | None = None) -> Machine:
+    """The present GPU or CPU with its free memory; its rates are guesses until `calibrate` measured them.
+
+    Args:
+        processes: of the run, which train together.
+        here: those of them on this machine, which share its main memory; None for all. Each is counted with an equal
+            part of what is free, so all of them have to ask before the first one takes any, or after all did.
+    """
+    here = processes if here is None else here
+    links = replace(_LOOPBACK, devices=max(here, 1))
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         guess = 100e12
@@ -113,24 +158,28 @@ def this_machine() -> Machine:
             bandwidth=1e12,
             process_bytes=0,  # what is free is counted with a CUDA context in place
             allocator_share=_GPU_ALLOCATOR,
+            count=processes,
             present=True,
-            host_bytes=available_memory(),
+            host_bytes=available_memory(here),
             basis="not measured",
+            links=links,
         )
     cores = torch.get_num_threads()
     guess = 20e9 * cores
     return Machine(
         name=f"this CPU ({cores} threads)",
-        memory_bytes=available_memory(),
+        memory_bytes=available_memory(here),
         linear_flops=guess,
         score_flops=guess,
         head_flops=guess,
         bandwidth=5e9,
         process_bytes=_CPU_PROCESS,
         allocator_share=_CPU_ALLOCATOR,
+        count=processes,
         cuda=False,
         present=True,
         basis="not measured",
+        links=links,
     )
 
 
@@ -141,19 +190,20 @@ def with_memory(machine: Machine, gigabytes: float) -> Machine:
     return replace(machine, memory_bytes=int(gigabytes * 1e9))
 
 
-def available_memory() -> int:
-    """Bytes that this process can have in all without swapping: its own, and what is free."""
-    return (process_bytes("VmRSS") or 0) + free_memory()
+def available_memory(processes: int = 1) -> int:
+    """Bytes that this process can have in all without swapping: its own, and its part of what is free."""
+    return (process_bytes("VmRSS") or 0) + free_memory(processes=processes)
 
 
-def free_memory(*, swap: bool = False) -> int:
+def free_memory(*, swap: bool = False, processes: int = 1) -> int:
     """Bytes that this process can have beside its own: what the machine and its control groups leave.
 
     Args:
         swap: count free swap space too.
+        processes: on this machine that share it equally.
     """
     swapped = _numbers(Path("/proc/meminfo"), ":").get("SwapFree", 0) * 1024 if swap else 0
-    return min([_free() + swapped, *_left_by_cgroups()])
+    return min([_free() + swapped, *_left_by_cgroups()]) // processes
 
 
 def _free() -> int:

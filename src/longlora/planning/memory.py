@@ -14,20 +14,21 @@ from typing import get_args
 from transformers import PreTrainedConfig
 
 from longlora.config import Recipe
-from longlora.planning.ledger import Bytes, Phase
+from longlora.planning.ledger import Bytes, Kind, Phase
 from longlora.planning.machines import Machine
+from longlora.planning.mesh import mesh_of, on_one_device
 from longlora.planning.outline import Outline, experts_of
 from longlora.planning.rehearsal import Rehearsal, rehearse
+from longlora.planning.sharding import NF4_BYTES, divide, library_bytes, master_bytes, message_bytes, width_of
 
 _ADAM_STATES = 8  # two float32 numbers for each trained parameter
 _ADAM_8BIT_STATES = 2
-_NF4_BYTES = 0.5 + 0.016  # with the scales of blocks of 64, themselves in 8 bits (QLoRA, section 3)
-_HALF = 2
 # A product that oneDNN compiled for one number of rows, measured with what it splits off the heap (docs/log.md).
 _KERNEL_BYTES = 0.7e6
 _MOST_KERNELS = 1024  # that oneDNN keeps
 _EXPERT_PRODUCTS = 4  # kinds of them: two in the forward and two in the backward pass
 _NO_PARTS = ("moment", "offloaded")
+_WEIGHTS: tuple[Kind, ...] = ("frozen", "copied", "trained")
 _WHERE = {
     "forward": "the forward pass of a layer",
     "loss": "the loss of one chunk of tokens",
@@ -57,6 +58,10 @@ class Memory:
     """Kernels' scratch memory, and what is free but cannot be used."""
     moment: str
     """When the peak is reached, in words."""
+    gathered: int = 0
+    """Weights of other devices while they are used, and gradients that are whole until each device has its part."""
+    messages: int = 0
+    """What attention across devices copies, and buckets of gradients."""
     offloaded: int = 0
     """In main memory instead, where activations are offloaded; not part of the peak."""
 
@@ -85,40 +90,66 @@ def peak_memory(
     """Peak memory of a step of `recipe` on one device of `machine`.
 
     Args:
-        rehearsal: of the same recipe at other contexts, where there is one already.
+        rehearsal: of the stretch that one device holds (`on_one_device`) at other lengths, where there is one already.
 
     Raises:
         ModelError: the model cannot be built or rehearsed without weights.
+        PlanError: `parallel.sequence` does not divide the devices.
     """
-    peaks = (rehearsal or rehearse(config, recipe)).at(recipe.context.context_length)
+    mesh, local = mesh_of(recipe, machine), on_one_device(recipe)
+    peaks = (rehearsal or rehearse(config, local)).at(local.context.context_length)
     phases: tuple[Phase, ...] = get_args(Phase)
-    offloaded = _layer_inputs(recipe, config) if recipe.train.activation_offload else 0
+    offloaded = _layer_inputs(local, config) if recipe.train.activation_offload else 0
+    gathered: dict[Phase, float] = {}
+    whole = [peaks["forward"][kind] for kind in _WEIGHTS]
     for each in phases:
         _quantize(peaks[each], recipe, model)
         peaks[each]["saved"] = max(peaks[each]["saved"] - offloaded, 0.0)
-    phase = max(phases, key=lambda each: sum(peaks[each].values()))
+        gathered[each] = divide(peaks[each], each, recipe, model, mesh)
+    phase = max(phases, key=lambda each: sum(peaks[each].values()) + gathered[each])
     held = peaks[phase]
-    optimizer = optimizer_bytes(recipe, model)
-    # Data parallel training keeps the gradients a second time, in buckets.
-    gradients = held["gradients"] + (4 * model.trained if machine.count > 1 else 0)
-    tensors = sum(held.values()) - held["gradients"] + gradients + optimizer
-    return Memory(
-        process=machine.process_bytes,
+    optimizer = round(optimizer_bytes(recipe, model) / mesh.state_shares) + master_bytes(model, mesh)
+    messages = message_bytes(recipe, model, mesh, config)
+    tensors = sum(held.values()) + optimizer + gathered[phase] + messages
+    memory = Memory(
+        process=machine.process_bytes + library_bytes(mesh, machine),
         frozen_weights=round(held["frozen"]),
         frozen_copies=round(held["copied"]),
         trained_weights=round(held["trained"]),
         optimizer=optimizer,
-        gradients=round(gradients),
+        gradients=round(held["gradients"]),
         saved_activations=round(held["saved"]),
         temporary=round(held["temporary"]),
-        allocator=round(machine.allocator_share * tensors) + _expert_kernels(config, recipe, machine),
+        allocator=round(machine.allocator_share * tensors) + _expert_kernels(config, local, machine),
         moment=_WHERE[phase],
+        gathered=round(gathered[phase]),
+        messages=messages,
         offloaded=offloaded,
+    )
+    # A GPU is given its part of the weights only; on a CPU they are all there before they are divided.
+    reading = mesh.weight_shares > 1 and not machine.cuda
+    return max(memory, _reading(whole, memory), key=lambda each: each.peak) if reading else memory
+
+
+def _reading(whole: list[float], step: Memory) -> Memory:
+    """While each process reads the whole model, before it has a part of it."""
+    frozen, copied, trained = (round(size) for size in whole)
+    return Memory(
+        process=step.process,
+        frozen_weights=frozen,
+        frozen_copies=copied,
+        trained_weights=trained,
+        optimizer=0,
+        gradients=0,
+        saved_activations=0,
+        temporary=0,
+        allocator=0,
+        moment="reading the model, which is divided afterwards",
     )
 
 
 def fits(memory: Memory, machine: Machine) -> bool:
-    """Whether a device of `machine`, and the main memory beside it, hold what is planned."""
+    """Whether a device of `machine`, and its part of the main memory beside it, hold what is planned."""
     return memory.peak <= machine.memory_bytes and memory.offloaded <= machine.host_bytes
 
 
@@ -146,15 +177,14 @@ def _quantize(held: Bytes, recipe: Recipe, model: Outline) -> None:
     """Frozen linear weights in 4 bits, and one of them expanded while it is used."""
     if recipe.model.quantization == "none":
         return
-    width = _HALF if recipe.model.dtype == "bfloat16" else 2 * _HALF
-    held["frozen"] -= model.quantizable * (width - _NF4_BYTES)
+    width = width_of(recipe)
+    held["frozen"] -= model.quantizable * (width - NF4_BYTES)
     held["temporary"] += model.largest_matrix * width
 
 
 def _layer_inputs(recipe: Recipe, config: PreTrainedConfig) -> int:
     """Bytes of the inputs of all checkpointed layers but the one at work."""
     text = config.get_text_config(decoder=True)
-    width = _HALF if recipe.model.dtype == "bfloat16" else 2 * _HALF
     tokens = recipe.context.context_length * recipe.train.micro_batch_size
     layers = text.num_hidden_layers // recipe.train.activation_checkpointing_every - 1
-    return int(layers * text.hidden_size * tokens * width)
+    return int(layers * text.hidden_size * tokens * width_of(recipe))

@@ -31,14 +31,18 @@ def explained_out_of_memory(
     *,
     step: Callable[[], int],
     resumable: Callable[[], bool],
+    processes: int = 1,
 ) -> Iterator[None]:
     """Inside it, running out of memory raises a `ModelError` of one line; the rest is as in `explain_out_of_memory`.
 
     On a CPU an allocation that the machine has no memory for fails, where the kernel would else kill the process.
+
+    Args:
+        processes: of the run on this machine, each of which may take an equal part of what is free.
     """
     cpu = device.type == "cpu"
     try:
-        with limited_memory(free_memory(swap=True)) if cpu else contextlib.nullcontext():
+        with limited_memory(free_memory(swap=True, processes=processes)) if cpu else contextlib.nullcontext():
             yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -6,7 +6,7 @@ In: a transformers config. Out: a model of meta tensors, and its `Outline`, whic
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,12 +28,23 @@ from longlora.model.trainable import TrainedModel, make_trainable
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer: query heads, width of a query and of a value head, and its pattern in training."""
+    """One attention layer: heads of queries and of keys, width of a query and of a value head, pattern in training."""
 
     heads: int
+    kv_heads: int
     width: int
     value_width: int
     pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Block:
+    """Counts of parameters in a part of the model as it is trained."""
+
+    frozen: int = 0
+    trained: int = 0
+    quantizable: int = 0
+    """Those of the frozen ones that 4-bit storage would shrink."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,10 @@ class Outline:
     layers_trained: bool
     """Whether the matrices of the layers themselves get gradients, and not only what LoRA puts beside them."""
     layers: tuple[AttentionLayer, ...]
+    block: Block
+    """The largest decoder layer: what a sharded model gathers at a time."""
+    outside: Block
+    """What is in no decoder layer: embeddings, the last norm, the output head."""
 
 
 def meta_model(config: PreTrainedConfig, recipe: Recipe) -> TrainedModel:
@@ -112,7 +127,9 @@ def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
     linear = [m.weight for m in base.modules() if _is_linear(m) and m is not head]
     quantizable = sum(weight.numel() for weight in {id(w): w for w in linear}.values())
     largest = max((weight.numel() for weight in linear), default=0)
+    numbers = {id(weight) for weight in linear}
     adapted = make_trainable(base, recipe.adapter, embedding_rows(recipe))
+    block, outside = _blocks(adapted, base, numbers)
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     lora = sum(p.numel() for n, p in trained.items() if "lora_" in n)
     count = sum(p.numel() for p in trained.values())
@@ -131,6 +148,8 @@ def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
         head_trained=head is not None and any(p is adapted.get_output_embeddings().weight for p in trained.values()),
         layers_trained=whole,
         layers=layers,
+        block=block,
+        outside=outside,
     )
 
 
@@ -150,7 +169,8 @@ def attention_layers(
         plain = getattr(own, "head_dim", None) or config.hidden_size // heads
         width = int(getattr(own, "qk_head_dim", None) or plain)
         value_width = int(getattr(own, "v_head_dim", None) or plain)
-        layers.append(AttentionLayer(heads, width, value_width, _own_pattern(base, module, sparse, config)))
+        kv_heads = int(getattr(own, "num_key_value_heads", 0) or getattr(config, "num_key_value_heads", 0) or heads)
+        layers.append(AttentionLayer(heads, kv_heads, width, value_width, _own_pattern(base, module, sparse, config)))
     return tuple(layers)
 
 
@@ -192,6 +212,34 @@ def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
 
     experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return experts, min(experts, first("num_experts_per_tok", "moe_topk", "moe_k"))
+
+
+def _blocks(model: TrainedModel, base: PreTrainedModel, quantizable: set[int]) -> tuple[Block, Block]:
+    """The largest decoder layer, and what is outside of all, without the originals that PEFT keeps beside trained ones.
+
+    Args:
+        quantizable: ids of the parameters that 4-bit storage would shrink.
+    """
+    kinds = set(base._no_split_modules or ())  # by which FSDP and DeepSpeed find the layers too
+    layers = [module for module in base.modules() if type(module).__name__ in kinds]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    left = {id(p): p for n, p in model.named_parameters() if ".original_module." not in n and id(p) not in inside}
+    blocks = [_block(dict(_without_originals(layer)).values(), quantizable) for layer in layers]
+    largest = max(blocks, key=lambda block: block.frozen + block.trained, default=Block())
+    return largest, _block(left.values(), quantizable)
+
+
+def _without_originals(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((n, p) for n, p in module.named_parameters() if ".original_module." not in f".{n}")
+
+
+def _block(parameters: Iterable[nn.Parameter], quantizable: set[int]) -> Block:
+    every = list(parameters)
+    return Block(
+        frozen=sum(p.numel() for p in every if not p.requires_grad),
+        trained=sum(p.numel() for p in every if p.requires_grad),
+        quantizable=sum(p.numel() for p in every if not p.requires_grad and id(p) in quantizable),
+    )
 
 
 def _matrices(model: TrainedModel) -> int:

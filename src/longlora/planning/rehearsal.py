@@ -13,7 +13,8 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, get_args
 
 import torch
@@ -84,8 +85,31 @@ def _anchor(recipe: Recipe) -> int:
     return 4 * max(recipe.attention.group_size or 0, train.loss_chunk_tokens, train.mlp_tile_tokens or 0, 512)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A config and a recipe, equal to others by what a rehearsal reads of them."""
+
+    text: str
+    config: PreTrainedConfig = field(compare=False)
+    recipe: Recipe = field(compare=False)
+
+
 def _rehearse_layers(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
     """The larger peaks of the sparse steps and of those with full attention, where there are both."""
+    # Occurring rows are read from a file, which may change.
+    read = {"context", "attention", "adapter", "train", "model"}
+    text = recipe.model_dump_json(include=read) + config.to_json_string(use_diff=False)
+    job = _Job(text, config, recipe)
+    return _remembered(job) if recipe.adapter.embedding_rows == "all" else _both_patterns(config, recipe)
+
+
+@lru_cache(maxsize=256)
+def _remembered(job: _Job) -> Peaks:
+    """Plans for several meshes ask for the same."""
+    return _both_patterns(job.config, job.recipe)
+
+
+def _both_patterns(config: PreTrainedConfig, recipe: Recipe) -> Peaks:
     peaks = _rehearse_pattern(config, recipe)
     if recipe.attention.pattern == "full" or not recipe.attention.full_attention_final_fraction:
         return peaks

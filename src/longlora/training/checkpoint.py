@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from longlora.artifacts import MANIFEST, verify_manifest, write_manifest
+from longlora.artifacts import MANIFEST, read_json, verify_manifest, write_manifest
 from longlora.errors import RunFolderError
 
 _PREFIX = "checkpoint-"
 
 
-def complete_checkpoint(folder: Path, *, keep: int) -> None:
-    """Mark `folder` as whole by its manifest, then remove all others beside it but the newest `keep` - 1 whole ones."""
-    write_manifest(folder, schema=1, step=checkpoint_step(folder))
+@dataclass(frozen=True)
+class Batches:
+    """How the rows of a step are cut up: micro batches of `rows`, `steps` of them one after the other on each of
+    `processes` that have rows of their own."""
+
+    rows: int
+    steps: int
+    processes: int
+
+    def on(self, processes: int) -> Batches:
+        """The same rows in a step, on another number of processes.
+
+        Raises:
+            RunFolderError: they cannot be divided among these.
+        """
+        micro_batches = self.steps * self.processes
+        if micro_batches % processes:
+            fitting = [number for number in range(1, micro_batches + 1) if micro_batches % number == 0]
+            raise RunFolderError(
+                f"the run has {micro_batches} micro batches in a step ({self.steps} on each of {self.processes} "
+                f"processes), which {processes} processes cannot share evenly: resume on one of "
+                f"{', '.join(map(str, fitting))} processes with rows of their own, so that steps have the same rows"
+            )
+        return Batches(self.rows, micro_batches // processes, processes)
+
+
+def complete_checkpoint(folder: Path, *, keep: int, batches: Batches | None = None) -> None:
+    """Mark `folder` as whole by its manifest, then remove all others beside it but the newest `keep` - 1 whole ones.
+
+    `batches` are said in the manifest: a run that goes on needs steps of as many rows.
+    """
+    facts = {} if batches is None else {"batches": asdict(batches)}
+    write_manifest(folder, schema=1, step=checkpoint_step(folder), **facts)
     others = [path for path in _newest_first(folder.parent) if path != folder]
     whole = [path for path in others if (path / MANIFEST).exists()]
     for old in others:
@@ -38,6 +69,12 @@ def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
         return candidate, passed_over
     found = f" ({'; '.join(passed_over)})" if passed_over else ""
     raise RunFolderError(f"{folder} holds no whole checkpoint{found}: start again with `longlora train`")
+
+
+def batches_of(folder: Path) -> Batches | None:
+    """What a whole checkpoint says of the rows of its steps; None if it is of one process and from before they did."""
+    found = read_json(folder / MANIFEST, "the checkpoint is damaged").get("batches")
+    return None if found is None else Batches(**{name: int(found[name]) for name in ("rows", "steps", "processes")})
 
 
 def has_whole_checkpoint(folder: Path) -> bool:

@@ -26,6 +26,8 @@ class Ranks:
     """Among the processes of its machine: which GPU is its own."""
     sequence_world: int = 1
     """Processes that share each row: `parallel.sequence`."""
+    local_world: int = 1
+    """Processes on this machine."""
 
     @property
     def data_rank(self) -> int:
@@ -51,7 +53,9 @@ def read_ranks(sequence_world: int = 1) -> Ranks:
     Raises:
         RecipeError: `sequence_world` does not divide the number of processes.
     """
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world, local, local_world = (
+        int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
     world = max(world, 1)
     if world % sequence_world:
         fitting = [number for number in range(1, world + 1) if world % number == 0]
@@ -59,4 +63,4 @@ def read_ranks(sequence_world: int = 1) -> Ranks:
             f"parallel.sequence={sequence_world} does not divide the {world} processes of this run: set it to one of "
             f"{', '.join(map(str, fitting))}, or start another number of processes"
         )
-    return Ranks(rank, world, local, sequence_world)
+    return Ranks(rank, world, local, sequence_world, max(local_world, 1))

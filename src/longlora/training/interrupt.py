@@ -2,6 +2,10 @@
 
 Python raises KeyboardInterrupt wherever it happens to be, also where libraries swallow it (a weak reference's callback,
 a hook inside of autograd). So the first signal only leaves a note, which is read between steps.
+
+Several processes get a signal in different steps, or only some of them do, so that they agree between steps. A second
+signal does nothing to them: a cluster sends it to the launcher and to each process, and the launcher sends it on. It
+kills after 30 seconds what has not ended by then.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from longlora.errors import InterruptedRunError
+from longlora.training.collectives import largest
+from longlora.training.distributed import Ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,8 +31,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     Outside of the main thread, which alone may handle signals, it does nothing.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, ranks: Ranks | None = None) -> None:
+        self._console, self._ranks = console, ranks or Ranks()
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._step = 0
@@ -39,8 +45,10 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
         self._received = signal.Signals(number)
+        if self._ranks.world > 1:
+            return
+        self._restore()
         with contextlib.suppress(RuntimeError):  # it came while something else was being printed
             self._console.print(
                 "stopping after this step, which is saved first; once more stops at once", highlight=False
@@ -52,13 +60,16 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step = state.global_step
-        if self._received is not None:
+        if number := int(largest(self._ranks, self._received or 0)):
+            self._received = signal.Signals(number)
             control.should_save = control.should_training_stop = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        # Where another process is gone, the launcher's signal must not end this one before it has said so.
+        if error is None or self._ranks.world == 1:
+            self._restore()
         if error is None and self._received is not None:
             raise InterruptedRunError(
                 f"interrupted by {self._received.name}; step {self._step} is saved, `longlora resume` goes on from it",

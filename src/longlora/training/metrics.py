@@ -39,6 +39,8 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._began, self._first_tokens = time.monotonic(), float(state.num_input_tokens_seen)
         self._first_step = state.global_step
+        if not state.is_world_process_zero:
+            return
         # A fresh run drops the measurement before the first step of an earlier one as well.
         _keep_rows_until(self._path, state.global_step or -1)
         if self._console.is_terminal:

@@ -1,44 +1,50 @@
 """The training run: a recipe and prepared shards in, an adapter or, after full fine-tuning, a whole model out.
 
-Read `loop.py` for the steps and their checkpoints, `loss_model.py` for the loss in chunks.
+Read `start.py` for what comes before any weights, `loop.py` for the steps and their checkpoints, `loss_model.py` for
+the loss in chunks. Several processes run this file together; `collectives.py` has what they say to one another.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from longlora.artifacts import RunFolder, write_atomic
+from longlora.artifacts import MANIFEST, RunFolder, sha256_file, write_atomic
 from longlora.attention.check import keeps_documents_apart
 from longlora.attention.registry import use_full
-from longlora.config import Recipe, dump_recipe, load_recipe
-from longlora.data.packing import PackedDataset, collate
+from longlora.config import Recipe, dump_recipe
+from longlora.data.packing import PackedDataset
 from longlora.data.shards import TokenShard, open_shard
-from longlora.errors import DataError, RunFolderError
-from longlora.memory.allocator import return_freed_memory_if_tight
-from longlora.model.adapters import cast_to_compute_dtype
-from longlora.model.build import device_for_run, load_config, load_for_training, load_tokenizer, tokenizer_hash
-from longlora.model.levers import apply_memory_levers, check_levers
-from longlora.model.rope import RopeChange, rescale_for
+from longlora.data.stretches import StretchCollator
+from longlora.errors import DataError
+from longlora.model.adapters import cast_to_compute_dtype, trainable_names
+from longlora.model.build import load_for_training, load_tokenizer, tokenizer_hash, weights_fingerprint
+from longlora.model.levers import apply_memory_levers
 from longlora.model.sidecar import Sidecar
-from longlora.model.trainable import TrainedModel, make_trainable, parameter_counts, source_of_training
-from longlora.planning.machines import this_machine
-from longlora.planning.memory import Memory
+from longlora.model.trainable import (
+    TrainedModel,
+    load_trained,
+    make_trainable,
+    parameter_counts,
+    source_of_training,
+)
 from longlora.planning.out_of_memory import explained_out_of_memory
-from longlora.planning.settle import adopt_levers, settle_memory
-from longlora.training.attention_schedule import AttentionSchedule, moved_full_phase
-from longlora.training.checkpoint import checkpoint_step, has_whole_checkpoint, newest_checkpoint
+from longlora.training.attention_schedule import AttentionSchedule
+from longlora.training.checkpoint import checkpoint_step, has_whole_checkpoint
+from longlora.training.collectives import leave, require_same
 from longlora.training.interrupt import StopOnSignal
 from longlora.training.loop import LongContextTrainer, training_arguments
 from longlora.training.loss_model import LossModel
 from longlora.training.metrics import MetricsCallback
 from longlora.training.result import write_result
-from longlora.training.validation import validation
+from longlora.training.sharding import is_sharded, shard_model, whole_weights
+from longlora.training.start import Start, start
+from longlora.training.validation import Batches, validation
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
@@ -49,38 +55,29 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     Raises:
         LongLoraError: the run folder is in use, or something that the run needs is missing or does not fit.
     """
-    run = RunFolder(recipe.run_path)
-    checkpoint = _resume_from(run, console) if resume else None
-    if checkpoint is not None:
-        saved = load_recipe(run.recipe)
-        recipe = adopt_levers(recipe, saved)
-        if moved := moved_full_phase(saved, recipe, checkpoint_step(checkpoint)):
-            console.print(moved, highlight=False)
-    else:
-        run.require_unused()
-    device = device_for_run()
-    check_levers(recipe, device)
-    config, change = rescale_for(recipe, load_config(recipe.model))
-    recipe, memory = _settle(recipe, config, console)
-    metrics = MetricsCallback(run.metrics, console)
+    begun = start(recipe, console, resume=resume)
+    run = RunFolder(begun.recipe.run_path)
+    metrics = MetricsCallback(run.metrics, begun.console)
     with explained_out_of_memory(
-        recipe, memory, device, step=lambda: metrics.step, resumable=lambda: has_whole_checkpoint(run.checkpoints)
+        begun.recipe,
+        begun.memory,
+        begun.device,
+        step=lambda: metrics.step,
+        resumable=lambda: has_whole_checkpoint(run.checkpoints),
     ):
-        model, sidecar = _train(recipe, config, change, checkpoint, metrics, console)
+        model, sidecar = _train(begun, metrics)
+    weights = whole_weights(model, keep=begun.ranks.is_main) if is_sharded(model) else None
+    leave()
     use_full(model)
-    return write_result(model, sidecar, run, recipe.train.steps, console)
+    if not begun.ranks.is_main:
+        return run.adapter if isinstance(model, PeftModel) else run.merged
+    return write_result(model, sidecar, run, begun.recipe.train.steps, begun.console, weights)
 
 
-def _train(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    change: RopeChange,
-    checkpoint: Path | None,
-    metrics: MetricsCallback,
-    console: Console,
-) -> tuple[TrainedModel, Sidecar]:
-    """Load the model of `config`, train it from `checkpoint` on, and return it with what goes beside its weights."""
-    run, device = RunFolder(recipe.run_path), device_for_run()
+def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sidecar]:
+    """Load the model, train it, from the checkpoint on if there is one, and return it with what goes beside it."""
+    recipe, console, ranks, checkpoint = begun.recipe, begun.console, begun.ranks, begun.checkpoint
+    run, config = RunFolder(recipe.run_path), begun.config
     set_seed(recipe.train.seed)  # here, because planning draws random numbers too
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
@@ -91,42 +88,70 @@ def _train(
     dataset = PackedDataset(
         shard,
         recipe.context.context_length,
-        min_length=1 if instruct else change.original_context_length,
+        min_length=1 if instruct else begun.change.original_context_length,
         weigh_documents=weigh,
     )
-    base, fingerprint = load_for_training(source_of_training(recipe), config, device)
+    # What is sharded goes to its device a layer at a time: as a whole it may not fit there.
+    whole_on = torch.device("cpu") if begun.shards_weights and recipe.model.quantization == "none" else begun.device
+    base, fingerprint = load_for_training(source_of_training(recipe), config, whole_on)
     if not keeps_documents_apart(base):
         console.print(
             f"WARNING: packed documents reach each other in model type {config.model_type}, whatever the attention "
             "(docs/architectures.md): use documents as long as context.context_length",
             highlight=False,
         )
-    sidecar = Sidecar.of(recipe, change, config, tokenizer_sha256, fingerprint, shard.chat_template)
+    sidecar = Sidecar.of(recipe, begun.change, config, tokenizer_sha256, fingerprint, shard.chat_template)
     model = _trainable(base, recipe, shard)
-    _announce(model, dataset, console)
-    stop = StopOnSignal(console)
+    _announce(model, dataset, begun)
     loss_model = LossModel(model, recipe.train.loss_chunk_tokens, getattr(torch, recipe.model.dtype))
-    validate = validation(recipe, loss_model, tokenizer_sha256, weigh_documents=weigh, console=console)
+    require_same(ranks, _facts(run, model, fingerprint, tokenizer_sha256))
+    if checkpoint is not None:
+        load_trained(model, checkpoint)
+        if checkpoint_step(checkpoint) >= recipe.train.steps:
+            return model, sidecar  # stopped between its last checkpoint and its result
+    experts = any("expert" in name for name in trainable_names(model))
+    if begun.shards_weights:
+        shard_model(loss_model, ranks, begun.device)
+    collator = StretchCollator(tokenizer.pad_token_id or 0, weighted=weigh)
+    validate = validation(
+        recipe, loss_model, tokenizer_sha256, weigh_documents=weigh, console=console, batches=Batches(ranks, collator)
+    )
+    stop = StopOnSignal(console, ranks)
     trainer = LongContextTrainer(
         model=loss_model,
-        args=training_arguments(recipe, run.checkpoints, base.device),
+        args=training_arguments(
+            recipe, run.checkpoints, begun.device, grad_accum_steps=begun.grad_accum_steps, has_experts=experts
+        ),
         train_dataset=dataset,
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
+        data_collator=collator,
         callbacks=[metrics, AttentionSchedule(model, recipe, console), *([validate] if validate else []), stop],
     )
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
-    trainer.checkpoints_kept = recipe.train.save_total_limit
-    write_atomic(run.recipe, dump_recipe(recipe))
-    if checkpoint is not None and checkpoint_step(checkpoint) >= recipe.train.steps:
-        trainer._load_from_checkpoint(str(checkpoint))  # stopped between its last checkpoint and its result
-        return model, sidecar
+    trainer.checkpoints_kept, trainer.ranks = recipe.train.save_total_limit, ranks
+    if begun.shards_weights:
+        trainer.take_sharded_model()
+    if ranks.is_main:
+        write_atomic(run.recipe, dump_recipe(recipe))
     try:
         with stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         metrics.close()
     return model, sidecar
+
+
+def _facts(run: RunFolder, model: TrainedModel, fingerprint: str, tokenizer_sha256: str) -> dict[str, str]:
+    """What must be the same on all processes beside the recipe, by name; hashes, shortened."""
+    held_out = run.heldout_shard / MANIFEST
+    facts = {
+        "tokenizer": tokenizer_sha256,
+        "training data (manifest)": sha256_file(run.train_shard / MANIFEST),
+        "held-out data (manifest)": sha256_file(held_out) if held_out.exists() else "none",
+        "base model": fingerprint,
+        "weights before training": weights_fingerprint(model),
+    }
+    return {name: value[:12] for name, value in facts.items()}
 
 
 def _require_kind(shard: TokenShard, recipe: Recipe) -> None:
@@ -138,18 +163,6 @@ def _require_kind(shard: TokenShard, recipe: Recipe) -> None:
         )
 
 
-def _settle(recipe: Recipe, config: PreTrainedConfig, console: Console) -> tuple[Recipe, Memory | None]:
-    """The recipe with its memory levers, and what it is planned to take; a run that does not fit is refused here."""
-    machine = this_machine()
-    settled = settle_memory(recipe, config, machine)
-    if settled.line:
-        console.print(settled.line, highlight=False)
-    peak = settled.memory.peak if settled.memory else None
-    if not machine.cuda and return_freed_memory_if_tight(peak, machine.memory_bytes):
-        console.print("memory is short: what is freed goes back to the system at once, which takes time")
-    return settled.recipe, settled.memory
-
-
 def _trainable(base: PreTrainedModel, recipe: Recipe, shard: TokenShard) -> TrainedModel:
     """The base model with what is trained and the memory levers of the recipe."""
     rows = shard.occurring_tokens().tolist() if recipe.adapter.embedding_rows == "occurring" else None
@@ -159,21 +172,14 @@ def _trainable(base: PreTrainedModel, recipe: Recipe, shard: TokenShard) -> Trai
     return model
 
 
-def _announce(model: TrainedModel, dataset: PackedDataset, console: Console) -> None:
+def _announce(model: TrainedModel, dataset: PackedDataset, begun: Start) -> None:
     trained, every = parameter_counts(model)
     frozen = f"beside {every - trained:,} frozen ones" if every > trained else "(full fine-tuning)"
-    console.print(
+    ranks, shard = begun.ranks, begun.recipe.parallel.shard
+    among = f", {ranks.world} processes" if ranks.world > 1 else ""
+    among += f" that share the model ({shard})" if ranks.world > 1 and shard != "none" else ""
+    begun.console.print(
         f"training {trained:,} parameters {frozen} on {len(dataset):,} "
-        f"sequences of up to {dataset.context_length:,} tokens, on {model.device.type}",
+        f"sequences of up to {dataset.context_length:,} tokens, on {begun.device.type}{among}",
         highlight=False,
     )
-
-
-def _resume_from(run: RunFolder, console: Console) -> Path:
-    if run.trained.exists():
-        raise RunFolderError(f"{run.trained} exists: the run is finished; merge, evaluate or export it")
-    checkpoint, passed_over = newest_checkpoint(run.checkpoints)
-    for line in passed_over:
-        console.print(f"passed over: {line}", highlight=False)
-    console.print(f"going on from {checkpoint}", highlight=False)
-    return checkpoint

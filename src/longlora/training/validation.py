@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from longlora.artifacts import RunFolder
@@ -20,6 +23,8 @@ from longlora.config import Recipe
 from longlora.data.packing import PackedDataset, collate
 from longlora.data.shards import open_shard
 from longlora.errors import DataError
+from longlora.training.collectives import gathered
+from longlora.training.distributed import Ranks
 from longlora.training.loss_model import LossModel
 
 
@@ -27,13 +32,20 @@ class Validation(TrainerCallback):  # type: ignore[misc]
     """Measures before the first step, every `every` steps and after the last one, the first `rows` of `dataset`.
 
     One row at a time, in evaluation mode, in which attention is full and documents are kept apart. No random number is
-    drawn that the run would draw, so that it goes on as if nothing had been measured.
+    drawn that the run would draw, so that it goes on as if nothing had been measured. Processes share the rows.
     """
 
     def __init__(
-        self, model: LossModel, dataset: PackedDataset, rows: int, every: int, metrics: Path, console: Console
+        self,
+        model: LossModel,
+        dataset: PackedDataset,
+        rows: int,
+        every: int,
+        metrics: Path,
+        console: Console,
+        batches: Batches,
     ) -> None:
-        self._model, self._dataset, self._every = model, dataset, every
+        self._model, self._dataset, self._every, self._batches = model, dataset, every, batches
         self._rows = min(rows, len(dataset))
         self._metrics, self._console = metrics, console
 
@@ -49,7 +61,9 @@ class Validation(TrainerCallback):  # type: ignore[misc]
             self._measure(state.global_step)
 
     def _measure(self, step: int) -> None:
-        loss = validation_loss(self._model, self._dataset, self._rows)
+        loss = validation_loss(self._model, self._dataset, self._rows, self._batches)
+        if not self._batches.ranks.is_main:
+            return
         row = {"step": step, "validation_loss": loss if math.isfinite(loss) else None}
         with self._metrics.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row, allow_nan=False) + "\n")
@@ -58,8 +72,25 @@ class Validation(TrainerCallback):  # type: ignore[misc]
         )
 
 
+@dataclass(frozen=True)
+class Batches:
+    """How this process makes batches of its rows; alone, it makes them as `collate` does."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    collate: Callable[[list[dict[str, Tensor]]], dict[str, Any]] = field(
+        default_factory=lambda: partial(collate, pad_token_id=0)
+    )
+    """Of no rows it makes padding, where there are several processes: all take part in each forward pass."""
+
+
 def validation(
-    recipe: Recipe, model: LossModel, tokenizer_sha256: str, *, weigh_documents: bool, console: Console
+    recipe: Recipe,
+    model: LossModel,
+    tokenizer_sha256: str,
+    *,
+    weigh_documents: bool,
+    console: Console,
+    batches: Batches | None = None,
 ) -> Validation | None:
     """The callback that `recipe` asks for, or None.
 
@@ -77,23 +108,29 @@ def validation(
         )
     shard = open_shard(run.heldout_shard, tokenizer_sha256)
     rows = PackedDataset(shard, recipe.context.context_length, weigh_documents=weigh_documents)
-    return Validation(model, rows, recipe.train.validation_rows, every, run.metrics, console)
+    return Validation(model, rows, recipe.train.validation_rows, every, run.metrics, console, batches or Batches())
 
 
-def validation_loss(model: LossModel, dataset: PackedDataset, rows: int) -> float:
-    """Mean loss, weighted as in training, over the first `rows` rows with full attention; `model` stays as it was."""
-    device = model.model.device
-    pad = partial(collate, pad_token_id=0)
+def validation_loss(model: LossModel, dataset: PackedDataset, rows: int, batches: Batches | None = None) -> float:
+    """Mean loss, weighted as in training, over the first `rows` rows with full attention; `model` stays as it was.
+
+    The same on all processes.
+    """
+    batches = batches or Batches()
+    ranks, device = batches.ranks, model.model.device
     was_training = model.training
     model.eval()
     total = weight = 0.0
     try:
         # Evaluation draws no random numbers; a layer that does all the same must not change the run.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for index in range(rows):
-                batch = {key: value.to(device) for key, value in pad([dataset[index]]).items()}
+            for first in range(0, rows, ranks.data_world):
+                own = [dataset[index] for index in [first + ranks.data_rank] if index < rows]
+                batch = batches.collate(own)
+                batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
                 summed, count = model.measure(**batch)
                 total, weight = total + summed, weight + count
     finally:
         model.train(was_training)
-    return total / weight
+    sums = gathered(ranks, (total, weight))
+    return sum(total for total, _ in sums) / sum(weight for _, weight in sums)

@@ -41,6 +41,7 @@ from longlora.evaluation.report.shared import kind_of, kinds_of, shared_position
 from longlora.evaluation.report.short_context import short_context_table
 from longlora.evaluation.report.summary import Summary, perplexity_lengths, summarize
 from longlora.evaluation.report.tables import BEYOND, count_text
+from longlora.storage import without_home
 
 
 def write_report(runs: Sequence[RunFolder], out: RunFolder | os.PathLike[str] | str) -> Summary:
@@ -54,9 +55,10 @@ def write_report(runs: Sequence[RunFolder], out: RunFolder | os.PathLike[str] | 
     summary = summarize(comparison)
     page = Page(summary.title, summary.subtitle, _sections(comparison, summary))
     html, text, results = to_html(page), to_markdown(page), to_results(comparison, summary, page.sections)
-    write_atomic(folder.report_html, html)
-    write_atomic(folder.report_markdown, text)
-    write_json(folder.results_json, results)
+    # A report is passed on: models and texts are named as they are, the user whose home they lie in is not.
+    write_atomic(folder.report_html, without_home(html))
+    write_atomic(folder.report_markdown, without_home(text))
+    write_json(folder.results_json, json.loads(without_home(json.dumps(results, allow_nan=False))))
     return summary
 
 

@@ -1,0 +1,170 @@
+"""Before any weights are read: who takes part, from which checkpoint, with which settings. The same on every process.
+
+In: a recipe. Out: a `Start`, or one error that all processes have in common.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedConfig
+
+from longlora.artifacts import RunFolder
+from longlora.config import Recipe, load_recipe
+from longlora.errors import RunFolderError
+from longlora.memory.allocator import return_freed_memory_if_tight
+from longlora.model.build import device_for_run, load_config
+from longlora.model.levers import check_levers
+from longlora.model.rope import RopeChange, rescale_for
+from longlora.planning.machines import this_machine
+from longlora.planning.memory import Memory
+from longlora.planning.settle import Settled, adopt_levers, settle_memory
+from longlora.training.attention_schedule import moved_full_phase
+from longlora.training.checkpoint import batches_of, checkpoint_step, newest_checkpoint
+from longlora.training.collectives import from_main, join, largest, require_same
+from longlora.training.distributed import Ranks, read_ranks
+from longlora.training.launchers import with_launcher_settings
+from longlora.training.sharding import check_sharding
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    recipe: Recipe
+    """With the levers that `memory: auto` picked."""
+    ranks: Ranks
+    console: Console
+    """Says nothing but on the first process."""
+    device: torch.device
+    config: PreTrainedConfig
+    change: RopeChange
+    memory: Memory | None
+    """What was planned, if it was."""
+    checkpoint: Path | None
+    """From which the run goes on."""
+    grad_accum_steps: int
+    """Micro batches of this process in a step: the recipe's, unless a run goes on with other processes."""
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether processes hold parts of the weights by FSDP2."""
+        return self.recipe.parallel.shard == "fsdp2" and self.ranks.world > 1
+
+
+def start(recipe: Recipe, console: Console, *, resume: bool) -> Start:
+    """Join the other processes, agree with them, and settle what is to be trained.
+
+    Raises:
+        LongLoraError: the run folder is in use, something is missing or does not fit, or processes differ.
+    """
+    recipe, lines = with_launcher_settings(recipe)
+    ranks = read_ranks(recipe.parallel.sequence)
+    if not ranks.is_main:
+        console = Console(quiet=True)
+    join(ranks)
+    require_same(ranks, _flat(recipe.model_dump(mode="json")) | {"longlora resume": str(resume).lower()})
+    for line in [*lines, *_lone(recipe, ranks)]:
+        console.print(line, highlight=False)
+    device = device_for_run()
+    # DeepSpeed, which accelerate imports where it is installed, would look for one and say what it found.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    run = RunFolder(recipe.run_path)
+    checkpoint = from_main(ranks, lambda: _checkpoint(run, console, resume=resume))
+    grad_accum_steps = recipe.train.grad_accum_steps
+    if checkpoint is not None:
+        _require_shared(checkpoint, ranks)
+        saved = load_recipe(run.recipe)
+        recipe = adopt_levers(recipe, saved)
+        if moved := moved_full_phase(saved, recipe, checkpoint_step(checkpoint)):
+            console.print(moved, highlight=False)
+        grad_accum_steps = _same_rows(recipe, checkpoint, ranks, console)
+    check_levers(recipe, device)
+    if recipe.parallel.shard == "fsdp2" and ranks.world > 1:
+        check_sharding(recipe)
+    config, change = rescale_for(recipe, load_config(recipe.model))
+    recipe, memory = _settle(recipe, config, ranks, console)
+    return Start(recipe, ranks, console, device, config, change, memory, checkpoint, grad_accum_steps)
+
+
+def _checkpoint(run: RunFolder, console: Console, *, resume: bool) -> Path | None:
+    """The newest whole checkpoint of a run that goes on; None for one that begins."""
+    if not resume:
+        run.require_unused()
+        return None
+    if run.trained.exists():
+        raise RunFolderError(f"{run.trained} exists: the run is finished; merge, evaluate or export it")
+    checkpoint, passed_over = newest_checkpoint(run.checkpoints)
+    for line in passed_over:
+        console.print(f"passed over: {line}", highlight=False)
+    console.print(f"going on from {checkpoint}", highlight=False)
+    return checkpoint
+
+
+def _require_shared(checkpoint: Path, ranks: Ranks) -> None:
+    if not checkpoint.is_dir():
+        raise RunFolderError(
+            f"{checkpoint} is not there on rank {ranks.rank}: run_dir must be on a file system that all machines share"
+        )
+
+
+def _same_rows(recipe: Recipe, checkpoint: Path, ranks: Ranks, console: Console) -> int:
+    """Micro batches of a process in a step, so that steps go on with the rows that come next, as many as before."""
+    before = batches_of(checkpoint)
+    if before is None or before.processes == ranks.data_world:
+        return recipe.train.grad_accum_steps if before is None else before.steps
+    now = before.on(ranks.data_world)
+    dropout = "; dropout draws other numbers" if recipe.adapter.lora_dropout else ""
+    console.print(
+        f"on {now.processes} instead of {before.processes} processes with rows of their own: {now.steps} instead of "
+        f"{before.steps} micro batches in a step on each, so that steps have the same rows in the same order{dropout}",
+        highlight=False,
+    )
+    return now.steps
+
+
+def _settle(recipe: Recipe, config: PreTrainedConfig, ranks: Ranks, console: Console) -> tuple[Recipe, Memory | None]:
+    """The recipe with its memory levers, and what it is planned to take; a run that does not fit is refused here.
+
+    One process plans for all, with what the one with least memory has: they must not pick different levers.
+    """
+    machine = this_machine()
+    # Those on a machine without GPUs share its memory.
+    own = machine.memory_bytes if machine.cuda else machine.memory_bytes // ranks.local_world
+    machine = replace(machine, memory_bytes=int(-largest(ranks, -own)))
+    settled: Settled = from_main(ranks, lambda: settle_memory(recipe, config, machine))
+    if settled.line:
+        console.print(settled.line, highlight=False)
+    peak = settled.memory.peak if settled.memory else None
+    if not machine.cuda and return_freed_memory_if_tight(peak, machine.memory_bytes):
+        console.print("memory is short: what is freed goes back to the system at once, which takes time")
+    return settled.recipe, settled.memory
+
+
+def _lone(recipe: Recipe, ranks: Ranks) -> list[str]:
+    """What one process says of settings and devices that are for several."""
+    if ranks.world > 1:
+        return []
+    lines = []
+    if recipe.parallel.shard != "none":
+        lines.append(f"parallel.shard={recipe.parallel.shard} divides nothing: there is one process")
+    if torch.cuda.device_count() > 1:
+        lines.append(
+            f"training on one of {torch.cuda.device_count()} GPUs: start it with torchrun "
+            f"--nproc-per-node {torch.cuda.device_count()} -m longlora train ... to use all"
+        )
+    return lines
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted names -> values of a nested recipe."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": str(value)}
+    return flat

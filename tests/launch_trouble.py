@@ -1,0 +1,52 @@
+"""``python -m longlora`` in which something happens to one process: ``TROUBLE=WHAT:RANK:STEP``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from longlora.cli.app import main
+
+
+def happen(what: str) -> None:
+    """In the middle of a step: before its first forward pass."""
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "signal":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if what == "error":
+        from longlora.errors import ModelError
+
+        raise ModelError("this process has an error of its own")
+
+
+def prepare(what: str, step: int) -> None:
+    from longlora.training.loop import LongContextTrainer
+    from longlora.training.loss_model import LossModel
+
+    train_step, forward = LongContextTrainer.training_step, LossModel.forward
+    now = [0]
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        now[0] = self.state.global_step + 1
+        if now[0] == step:
+            happen(what)
+        return train_step(self, *arguments)
+
+    def damaged(self: Any, *arguments: Any, **named: Any) -> Any:
+        outputs = forward(self, *arguments, **named)
+        return {"loss": outputs["loss"] * float("nan")} if what == "nan" and now[0] == step else outputs
+
+    LongContextTrainer.training_step, LossModel.forward = noted, damaged  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    what, rank, step = os.environ["TROUBLE"].split(":")
+    if os.environ["RANK"] == rank:
+        if what == "recipe":
+            sys.argv.append("train.learning_rate=0.5")
+        else:
+            prepare(what, int(step))
+    main()

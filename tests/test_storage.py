@@ -1,0 +1,127 @@
+"""Locks that no killed process keeps, and what is left behind by one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+from fault_jobs import hold_lock
+from killing import _end, _start
+
+from longlora.artifacts import RunFolder, lock_output, new_folder, write_atomic
+from longlora.errors import RunFolderError
+from longlora.storage import put_folder, without_home
+
+
+class TestLock:
+    def test_the_second_process_is_refused_and_a_killed_one_lets_go(self, tmp_path: Path) -> None:
+        run = RunFolder(tmp_path / "run")
+        process, _ = _start(hold_lock, run.root)
+        limit = time.monotonic() + 60
+        while not (run.root / "locked").exists() and time.monotonic() < limit:
+            time.sleep(0.02)
+        with pytest.raises(RunFolderError) as caught, run.lock("longlora prepare"):
+            pass
+        message = str(caught.value)
+        assert f"run folder {run.root} is in use by longlora train (process {process.pid} on " in message
+        assert message.endswith("wait until it ends, stop it, or choose another folder")
+        process.kill()
+        _end(process)
+        left = json.loads((run.root / ".lock").read_text())
+        assert left["process"] == process.pid, "the file of a killed holder stays, and holds nobody up"
+        with run.lock("longlora prepare"):
+            assert json.loads((run.root / ".lock").read_text())["process"] == os.getpid()
+        assert sorted(path.name for path in run.root.iterdir()) == ["locked"]
+
+    def test_it_may_be_taken_again_inside(self, tmp_path: Path) -> None:
+        run = RunFolder(tmp_path)
+        with run.lock("quickstart"):
+            with run.lock("longlora train"):
+                assert (tmp_path / ".lock").exists()
+            assert (tmp_path / ".lock").exists(), "the inner one does not let go for the outer one"
+        assert not list(tmp_path.iterdir())
+
+    def test_a_refused_run_leaves_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="no"), RunFolder(tmp_path / "run").lock("longlora prepare"):
+            raise ValueError("no")
+        assert not list(tmp_path.iterdir())
+
+    def test_variants_are_locked_one_by_one(self, tmp_path: Path) -> None:
+        run = RunFolder(tmp_path)
+        with run.lock_evaluation("base", "a"), run.lock_evaluation("trained", "b"), lock_output(run.merged, "c"):
+            assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    def test_where_there_are_no_locks_it_is_said(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def none(_descriptor: int, _operation: int) -> None:
+            raise OSError(37, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", none)
+        with caplog.at_level(logging.WARNING, "longlora"), RunFolder(tmp_path).lock("longlora train"):
+            pass
+        assert "cannot be locked ([Errno 37] No locks available): make sure that no other process" in caplog.text
+
+
+class TestLeftBehind:
+    def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(self, tmp_path: Path) -> None:
+        for name in (".out.abcd1234", ".out.zz_z1234"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "half").write_text("x")
+        (tmp_path / ".a.json.abcd1234").write_text("{")
+        kept = [".out.txt", ".out.abcd12345", ".other.abcd1234", "out.abcd1234"]
+        for name in kept:
+            (tmp_path / name).write_text("mine")
+        with new_folder(tmp_path / "out") as first:
+            (first / "a").touch()
+            assert not (tmp_path / ".out.abcd1234").exists()
+            assert not (tmp_path / ".out.zz_z1234").exists()
+            with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "out") as second:
+                (second / "b").touch()
+                (tmp_path / "out").mkdir()
+                (tmp_path / "out" / "c").touch()
+                assert first.exists(), "another writer is at work there"
+            (tmp_path / "out" / "c").unlink()
+        write_atomic(tmp_path / "a.json", "{}")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out", "a.json"])
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+    def test_a_failure_between_the_two_renames_puts_the_old_folder_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("old", "new"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / name).touch()
+        rename = Path.replace
+
+        def refuse(self: Path, target: Path) -> Path:
+            if self.name == "new":
+                raise OSError(5, "Input/output error")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        with pytest.raises(OSError, match="Input/output"):
+            put_folder(tmp_path / "new", tmp_path / "old")
+        assert [path.name for path in (tmp_path / "old").iterdir()] == ["old"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/ann/models/a", "~/models/a"),
+        ("- /home/ann/a.txt\n- '/home/ann'", "- ~/a.txt\n- '~'"),
+        ("/home/anna/models", "/home/anna/models"),
+        ("/data/home/ann/x", "/data/home/ann/x"),
+        ("a hub/id", "a hub/id"),
+    ],
+)
+def test_the_home_folder_is_not_told(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert without_home(text) == expected
