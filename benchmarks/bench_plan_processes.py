@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +32,7 @@ from transformers import AutoConfig
 from longlora.artifacts import RunFolder
 from longlora.bench.inputs import random_model, random_shard
 from longlora.config import Recipe, build_recipe, load_recipe
-from longlora.memory import allocator
+from longlora.memory.allocator import keep_freed_memory
 from longlora.memory.limit import peak_bytes
 from longlora.planning.machines import this_machine
 from longlora.planning.plan import plan_run
@@ -40,7 +40,7 @@ from longlora.training.distributed import read_ranks
 from longlora.training.trainer import train
 
 STEPS = 2  # the optimizer's states are there from the first step's end on
-SECONDS = 540
+SECONDS = 480  # of a process at most
 _WORKER = "--worker"
 
 
@@ -72,6 +72,7 @@ POINTS = {
 def recipe_of(point: Point, context: int, folder: Path) -> Recipe:
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
+        "memory": "unchecked",  # the plan is made here; freed memory is then given back without one
         "model": {"name_or_path": str(folder / "model"), "original_context_length": context // 2},
         "context": {"context_length": context},
         "attention": {"group_size": 1024},
@@ -93,19 +94,19 @@ def measure(shape: str, recipe: Recipe, point: Point, context: int, folder: Path
         __file__, _WORKER, str(path),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        command, env=environment, timeout=SECONDS, capture_output=True, encoding="utf-8", check=False
-    )  # fmt: skip
+    log = folder / "log.txt"
+    with log.open("w", encoding="utf-8") as handle:
+        done = subprocess.run(command, env=environment, stdout=handle, stderr=handle, check=False)
     if done.returncode:
-        raise SystemExit(f"{point}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{point}: {log.read_text(encoding='utf-8')[-2000:]}")
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(point.processes)]
 
 
 def work(path: Path) -> None:
-    """One process of a run."""
+    """One process of a run; it ends by itself, because torchrun, killed, leaves its processes behind."""
+    signal.alarm(SECONDS)
     recipe = load_recipe(path)
-    allocator.keep_freed_memory()  # as the command line does; `train` returns what is freed where memory is short
-    allocator.KEPT_GROWTH = math.inf
+    keep_freed_memory()  # as the command line does; `train` gives back what is freed where nothing was planned
     train(recipe, Console(file=sys.stderr))
     rank = read_ranks(recipe.parallel.sequence).rank
     (path.parent / f"{rank}.json").write_text(json.dumps(peak_bytes()), encoding="utf-8")

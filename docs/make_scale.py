@@ -148,7 +148,7 @@ POINTS = (
     Point(1, 128 * K, 1, "none", offload=True),
     Point(1, M, 1, "none", offload=True, nf4=True),
     Point(8, 128 * K, 1),
-    Point(8, M, 8),
+    Point(8, M, 8, offload=True),
     Point(8, 10 * M, 8, offload=True),
     Point(64, 128 * K, 1),
     Point(64, M, 8),
@@ -219,7 +219,7 @@ def scale_block(points: Iterable[Point]) -> str:
 
 # A layer of Llama-3.1-8B or Qwen3-8B: query heads, key/value heads, head dim.
 _LAYER = ((32, 8), 128)
-_TRAFFIC = ((128 * K, 8), (M, 8), (M, 64), (10 * M, 64), (10 * M, 512))
+_TRAFFIC = ((128 * K, 8), (M, 8), (M, 64), (10 * M, 64), (10 * M, 128))
 
 
 def traffic_block() -> str:

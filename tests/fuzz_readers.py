@@ -13,7 +13,7 @@ import pyarrow
 import torch
 from export_cases import tiny_base, trained_run
 from pyarrow import parquet
-from report_cases import evaluation
+from report_cases import benchmarks, evaluation
 from tiny import word_tokenizer
 
 from longlora.artifacts import LOSS_MASK, MANIFEST, OFFSETS, SIDECAR, TOKENS, RunFolder, verify_manifest, write_manifest
@@ -80,7 +80,7 @@ class Overrides:
 
     def __init__(self, _folder: Path) -> None:
         self.seeds = [
-            b"train.steps=20", b"data.train=[a, b]", b"adapter={method: full}", b"attention.group_size=null",
+            b"train.steps=20", b"data.train=[a, b]", b"adapter={method: full}", b"eval.longppl.evaluator=null",
             b"eval.passkey.depths=[0.1, 0.5]", b"train.learning_rate=3e-4",
         ]  # fmt: skip
 
@@ -211,7 +211,15 @@ class Evaluations:
         self._paths = [
             self._run.evaluation("base"), self._run.harness("base"), self._run.metrics, self._run.samples("base"),
         ]  # fmt: skip
-        harness = {"limit": None, "results": {"arc": {"acc": 0.5, "acc_stderr": 0.1}}, "model": "org/model"}
+        row = {
+            "task": "arc_easy",
+            "metric": "acc",
+            "value": 0.5,
+            "stderr": 0.1,
+            "samples": 10,
+            "higher_is_better": True,
+        }
+        harness = benchmarks(evaluation("base"), [row])
         rows = lines(*({"step": step, "loss": 3.0, "tokens": 10, "seconds": 1.0} for step in range(1, 4)))
         head = json.dumps({"schema": 2, "model": "m"}, sort_keys=True)
         samples = f"{head}\n".encode() + lines({"key": "a", "row": {"x": 1}}, {"key": "b", "row": {"x": 2}})
@@ -250,7 +258,7 @@ class Uploads:
     def __init__(self, _folder: Path) -> None:
         html = b"<html><head><title>t</title></head><body><p>a &amp; b</p><pre> x\n y</pre>"
         html += b"<table><tr><td>1</td><td>2</td></table>"
-        self.seeds = [b"\0the sea \xc3\xa4\n" * 5, b"\1" + html, b"\2" + small_pdf()]
+        self.seeds = [b"\0" + b"the sea \xc3\xa4\n" * 5, b"\1" + html, b"\2" + small_pdf()]
 
     def read(self, data: bytes) -> None:
         text_of(data[1:], self.NAMES[(data[0] if data else 0) % len(self.NAMES)])

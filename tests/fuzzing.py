@@ -193,7 +193,8 @@ def _child(name: str, inputs: int, seed: int, parent: Connection) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         reader = READERS[name](folder)
-        reader.read(reader.seeds[0])  # what is imported at the first call is not the input's doing
+        for data in reader.seeds:  # good ones; and what is imported at the first call is not an input's doing
+            reader.read(data)
         _limit_memory()
         outcome = Outcome()
         for number in range(inputs):

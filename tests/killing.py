@@ -80,8 +80,8 @@ def _end(process: BaseProcess) -> None:
 
 def run_whole(job: Job, argument: Any) -> tuple[int, float]:
     """Let a child do `job`: how many changes it made on the disk, and the seconds it took."""
-    began = time.monotonic()
     process, child = _start(job, argument)
+    began = time.monotonic()
     _end(process)
     assert process.exitcode == 0, f"the child ended with {process.exitcode}"
     return int(child.recv()), time.monotonic() - began

@@ -141,7 +141,9 @@ def errors_of_case(case: Case, ranks: Ranks, group: dist.ProcessGroup | None) ->
     return found | {"measured": relative_error(measured / ranks.sequence_world, truth)}
 
 
-def _step(model: list[Any], batches: list[dict[str, Any]], count: Tensor, scale: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _step(
+    model: list[Any], batches: list[dict[str, Any]], count: Tensor, scale: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a step; the model, and what keeps it from adding up gradients before the last batch."""
     no_sync = model[1] if len(model) > 1 else contextlib.nullcontext
     total = torch.zeros(())

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longlora.artifacts import (
+    MANIFEST,
     RunFolder,
     new_folder,
     read_json,
@@ -72,6 +75,39 @@ def test_damage_is_found(tmp_path: Path, damage: object, expected: str) -> None:
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(LongLoraError, match=expected):
         verify_manifest(tmp_path, "REMEDY")
+
+
+_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    files=st.dictionaries(
+        _NAMES.filter(lambda name: name not in (".", "..", MANIFEST)), st.binary(max_size=50), min_size=1, max_size=5
+    ),
+    facts=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none(), max_size=3),
+    data=st.data(),
+)
+def test_any_change_of_any_file_is_found(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], facts: dict[str, object], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("manifest")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    facts = {f"fact {key}": value for key, value in facts.items()}
+    write_manifest(folder, **facts)
+    found = verify_manifest(folder, "REMEDY")
+    assert found.pop("files").keys() == files.keys()
+    assert found == facts
+    name = data.draw(st.sampled_from(sorted(files)))
+    content = files[name]
+    change = data.draw(st.binary(max_size=60).filter(lambda other: other != content) | st.none())
+    if change is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(change)
+    with pytest.raises(LongLoraError, match="REMEDY"):
+        verify_manifest(folder, "REMEDY")
 
 
 def test_a_used_run_folder_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def script(name: str) -> ModuleType:
 
 
 make_figures, make_cli, make_results = script("make_figures"), script("make_cli"), script("make_results")
+make_scale = script("make_scale")
 
 
 def without_code(text: str) -> str:
@@ -233,3 +234,32 @@ def test_results_are_those_of_the_committed_rows() -> None:
     rows = make_results.newest("train_step", "shape", "variant", "context")
     drawn = make_results.PICTURE.read_text(encoding="utf-8")
     assert all(f"{int(row['context']) // 1024}k" in drawn for row in rows)
+
+
+# Planning all of them takes minutes.
+QUICK = ("llama-2-7b_8k_8xa100", "llama-2-70b_32k-nf4_8xa100")
+
+
+def test_scale_page_has_a_row_for_every_recipe_of_gpus() -> None:
+    rows = make_scale.stored("recipes").splitlines()[2:]
+    assert [re.findall(r"\[([^\]]+)\]", row)[0] for row in rows] == [row.name for row in make_scale.recipe_rows()]
+    assert len(make_scale.stored("scale").splitlines()) == 2 + len(make_scale.POINTS)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_scale_page_says_what_the_planner_says_now(name: str) -> None:
+    assert make_scale.recipe_row(make_scale.Row(name)) in make_scale.stored("recipes"), (
+        "run `python docs/make_scale.py`"
+    )
+
+
+@pytest.mark.parametrize("part", ["traffic", "measured"])
+def test_scale_page_shows_the_traffic_of_the_code_now(part: str) -> None:
+    made = {"traffic": make_scale.traffic_block, "measured": make_scale.measured_block}[part]()
+    assert make_scale.stored(part) == made, f"run `python docs/make_scale.py {part}`"
+
+
+@pytest.mark.slow
+def test_scale_page_is_the_whole_plan_of_now() -> None:
+    assert make_scale.stored("recipes") == make_scale.recipes_block(make_scale.recipe_rows())
+    assert make_scale.stored("scale") == make_scale.scale_block(make_scale.POINTS)

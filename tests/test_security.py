@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_chat_templates_are_run_in_the_sandbox_only(attack: str) -> None:
 
 class TestManifest:
     @pytest.mark.parametrize(
-        "name", ["../secret", "/etc/hostname", "a/../../secret", "link", "./a", "a//b", "", "a\0b"]
+        "name", ["../secret", "/etc/hostname", "a/../../secret", "link", "./a", "a//b", "", "a\0b", "a" * 300]
     )
     def test_names_that_lead_out_of_the_folder_are_refused(self, tmp_path: Path, name: str) -> None:
         folder = tmp_path / "shard"
@@ -202,11 +203,9 @@ class TestRecipe:
         "text",
         [
             "a: &a [x,x,x,x,x,x,x,x,x]\n"
-            + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)),
+            + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in pairwise("abcdefgh")),
             "a: &a {x: 1}\n"
-            + "".join(
-                f"{c}: &{c} {{<<: [{','.join(['*' + p] * 9)}]}}\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
-            ),
+            + "".join(f"{c}: &{c} {{<<: [{','.join(['*' + p] * 9)}]}}\n" for p, c in pairwise("abcdefgh")),
             "- &a0 x\n" + "".join(f"- &a{i} [*a{i - 1}]\n" for i in range(1, 300)),
             "&a [*a]",
             "[" * 5000,

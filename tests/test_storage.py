@@ -57,6 +57,11 @@ class TestLock:
             assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
+    @pytest.mark.parametrize("name", [".", "..", "/"])
+    def test_an_output_that_exists_is_not_locked(self, name: str) -> None:
+        with pytest.raises(RunFolderError, match="already exists"):
+            lock_output(Path(name), "longlora export")
+
     def test_where_there_are_no_locks_it_is_said(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -120,6 +125,8 @@ class TestLeftBehind:
         ("/home/anna/models", "/home/anna/models"),
         ("/data/home/ann/x", "/data/home/ann/x"),
         ("a hub/id", "a hub/id"),
+        ("<td>/home/ann</td>&quot;/home/ann/x&quot; /home/ann.", "<td>~</td>&quot;~/x&quot; ~."),
+        ("/home/ann.old/x /home/ann-2", "/home/ann.old/x /home/ann-2"),
     ],
 )
 def test_the_home_folder_is_not_told(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

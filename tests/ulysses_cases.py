@@ -170,6 +170,15 @@ def peak_bytes(rank: int, world: int) -> list[int]:
     return peaks
 
 
+def of_padding_alone(rank: int, world: int) -> bool:
+    """Whether output and gradients of a batch without tokens are 0, and there: a rank has to run backward."""
+    case = Case("", [[0], [0]], 96, FULL, (9, 3), extras={"learned_sinks": True})
+    own = own_stretch(case, rank, world)
+    out = ulysses_attention(*own[:3], cut_of(case, rank, world), **case.options(own))
+    grads = torch.autograd.grad(out.sum(), own)
+    return not any(x.any() for x in (out, *grads))
+
+
 def refusals(rank: int, world: int) -> list[str]:
     """Messages for too few heads, another batch, another group and rows that are not cut evenly."""
     few = Case("", [[0, 96]], 96, FULL, (world - 1, 1))
@@ -178,7 +187,7 @@ def refusals(rank: int, world: int) -> list[str]:
         (few, cut_of(few, rank, world)),
         (case, cut_of(Case("", [[0, 96], [0, 96]], 96, FULL), rank, world)),
         (case, cut_of(case, world - 1 - rank, world)),
-        (case, cut_of(Case("", [[0, 97]], 97, FULL), rank, world)),
+        (case, cut_of(Case("", [[0, 98]], 98, FULL), rank, world)),
     ]
     messages = []
     for each, cut in attempts:
@@ -198,5 +207,6 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "layers": {name: errors_of_layers(rank, world, name) for name in ("no", "reentrant", "not reentrant")},
         "bytes": sent_bytes(rank, world),
         "peaks": peak_bytes(rank, world),
+        "padding": of_padding_alone(rank, world),
         "refused": refusals(rank, world),
     }

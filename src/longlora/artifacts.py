@@ -143,7 +143,13 @@ class RunFolder:
 
 
 def lock_output(folder: Path, what: str) -> AbstractContextManager[None]:
-    """Keep other processes from making `folder` while `what` does; raises as `RunFolder.lock`."""
+    """Keep other processes from making `folder` while `what` does.
+
+    Raises:
+        RunFolderError: it exists already, or another process makes it.
+    """
+    if folder.exists():
+        raise RunFolderError(f"output folder {folder} already exists: name another one or remove it")
     return exclusive(folder.with_name(f".{folder.name}.lock"), f"output folder {folder}", what)
 
 
@@ -201,6 +207,7 @@ def _inside(folder: Path, name: str, remedy: str) -> Path:
     within = str(plain) == name and not plain.is_absolute() and ".." not in plain.parts and "\0" not in name
     try:
         within = within and (folder / name).resolve().is_relative_to(folder.resolve())
+        (folder / name).exists()  # raises for a name that is too long
     except (OSError, RuntimeError, ValueError):  # too long a name, a link to itself, half a surrogate pair
         within = False
     if not within:

@@ -13,8 +13,9 @@ _SHOWN = 200
 def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str:
     """One line about the first mistake that `error` holds; `source` is where the values came from."""
     first = error.errors()[0]
-    # Branches of a union are pydantic's business, not the user's.
-    location = [_shown(str(part)) for part in first["loc"] if "[" not in str(part)]
+    # Branches of a union are pydantic's business, not the user's; a key may be called so as well.
+    parts = [part for part in first["loc"] if "[" not in str(part)] or first["loc"][-1:]
+    location = [_shown(str(part)) for part in parts]
     dotted = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

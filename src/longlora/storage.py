@@ -153,7 +153,7 @@ def gibibytes(count: float) -> str:
 def without_home(text: str) -> str:
     """`text` with the home folder written as ``~``: what is shown to others does not tell a user's name."""
     home = str(Path.home())
-    return text if home in ("", "/") else re.sub(rf"(?<![\w/.-]){re.escape(home)}(?=[/\\\"'\s,:;)\]]|$)", "~", text)
+    return text if home in ("", "/") else re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
 
 
 @contextlib.contextmanager

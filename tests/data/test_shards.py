@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from longlora.artifacts import MANIFEST, OFFSETS, TOKENS, write_manifest
+from longlora.artifacts import LOSS_MASK, MANIFEST, OFFSETS, TOKENS, write_manifest
 from longlora.data.documents import Document, ReadReport, read_documents
-from longlora.data.shards import TokenShard, open_shard, write_shard
+from longlora.data.shards import TokenRow, TokenShard, open_shard, write_rows, write_shard
 from longlora.errors import DataError, RunFolderError
 
 BOS_ID, EOS_ID = 0, 1
@@ -45,6 +45,13 @@ def write(
 
 def manifest_of(folder: Path) -> dict[str, object]:
     return json.loads((folder / MANIFEST).read_text())
+
+
+def rewrite(folder: Path, name: str, content: bytes, **facts: object) -> None:
+    """Replace a file and make the manifest again, so that sizes and sha256 are right."""
+    (folder / name).write_bytes(content)
+    before = manifest_of(folder)
+    write_manifest(folder, **{key: value for key, value in (before | facts).items() if key != "files"})
 
 
 class TestRoundTrip:
@@ -211,6 +218,23 @@ class TestLeftOut:
 
 
 class TestNothingHalfWritten:
+    def test_a_disk_that_fills_up_is_noticed_while_writing(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """/dev/full refuses every write; numpy's tofile says nothing of it."""
+        folder = tmp_path / "shard"
+
+        def documents() -> Iterator[Document]:
+            yield Document("one", "the sea")
+            temporary = next(path for path in tmp_path.iterdir() if path.name.startswith(".shard."))
+            (temporary / OFFSETS).symlink_to("/dev/full")
+
+        with pytest.raises(RunFolderError, match=r"shard cannot be written \(.*No space left on device"):
+            write_shard(
+                folder, documents(), tokenizer, tokenizer_hash="abc", add_special_tokens=True, report=ReadReport()
+            )
+        assert not list(tmp_path.iterdir())
+
     @pytest.mark.parametrize("failure", [RuntimeError("boom"), KeyboardInterrupt(), DataError("bad line")], ids=repr)
     def test_failure_in_the_middle(
         self,
@@ -330,6 +354,55 @@ class TestDamage:
         write_manifest(tmp_path, schema=1, tokenizer_hash="abc", names=names)
         with pytest.raises(DataError, match=rf"{message}.*: run `longlora prepare` again"):
             open_shard(tmp_path, "abc")
+
+    @pytest.mark.parametrize(("token", "place"), [(-1, 0), (-1, 7), (320, 3), (2**31 - 1, 9)])
+    def test_tokens_that_the_model_does_not_have(self, written: TokenShard, token: int, place: int) -> None:
+        open_shard(written.folder, "abc", vocabulary=320)
+        tokens = np.fromfile(written.folder / TOKENS, dtype="<i4")
+        tokens[place] = token
+        rewrite(written.folder, TOKENS, tokens.tobytes())
+        with pytest.raises(DataError, match=rf"{TOKENS} holds token {token} at position {place}, and the model"):
+            open_shard(written.folder, "abc", vocabulary=320)
+        if token >= 0:
+            open_shard(written.folder, "abc")
+
+    def test_the_last_token_of_the_vocabulary_is_in_it(self, written: TokenShard) -> None:
+        largest = int(written.tokens.max())
+        open_shard(written.folder, "abc", vocabulary=largest + 1)
+        with pytest.raises(DataError, match=rf"holds token {largest} at .* ids from 0 to {largest - 1}: prepare"):
+            open_shard(written.folder, "abc", vocabulary=largest)
+
+    @pytest.mark.parametrize(("dtype", "width"), [("<u2", 2), ("<i8", 8)])
+    def test_tokens_of_another_type(self, written: TokenShard, dtype: str, width: int) -> None:
+        tokens = np.fromfile(written.folder / TOKENS, dtype="<i4")[: len(written.tokens) // 2 * 2]
+        offsets = np.array([0, 1, 2, len(tokens)], dtype="<i8")
+        (written.folder / OFFSETS).write_bytes(offsets.tobytes())
+        rewrite(written.folder, TOKENS, tokens.astype(dtype).tobytes(), tokens=len(tokens))
+        with pytest.raises(DataError, match=rf"{TOKENS}; {width} bytes a token are not int32: run `longlora prepare`"):
+            open_shard(written.folder, "abc")
+
+    @pytest.mark.parametrize(
+        ("facts", "message"),
+        [
+            ({"documents": 4}, "counts 4 documents and names 3"),
+            ({"names": ["line0"], "documents": 3}, "counts 3 documents and names 1"),
+            ({"tokens": 5}, "counts 5 tokens, tokens.bin has"),
+            ({"tokenizer_hash": 7}, "tokenizer_hash in its manifest is int, not text"),
+            ({"chat_template": ["x"]}, "chat_template in its manifest is list, not text"),
+            ({"kind": "instruct"}, "it holds instructions, and its manifest names no mask.bin"),
+        ],
+    )
+    def test_facts_that_do_not_agree(self, written: TokenShard, facts: dict[str, object], message: str) -> None:
+        rewrite(written.folder, TOKENS, (written.folder / TOKENS).read_bytes(), **facts)
+        with pytest.raises(DataError, match=message):
+            open_shard(written.folder, None)
+
+    def test_a_mask_of_other_values(self, tmp_path: Path) -> None:
+        rows = [TokenRow("a", [1, 2, 3], [0, 1, 1])]
+        write_rows(tmp_path / "shard", rows, tokenizer_hash="abc", nothing_left=str, facts=dict)
+        rewrite(tmp_path / "shard", LOSS_MASK, b"\x00\x01\x02")
+        with pytest.raises(DataError, match="mask.bin holds other values than 0 and 1"):
+            open_shard(tmp_path / "shard", "abc")
 
     def test_unknown_schema(self, tmp_path: Path) -> None:
         (tmp_path / TOKENS).write_bytes(b"")

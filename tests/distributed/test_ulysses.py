@@ -51,13 +51,15 @@ def test_memory_grows_with_the_length_and_not_its_square(ranks: Ranks) -> None:
         assert short < long < 4.2 * short
 
 
+def test_a_batch_of_padding_alone_has_gradients_of_0(ranks: Ranks) -> None:
+    assert all(found["padding"] for found in ranks)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_sent(ranks: Ranks) -> None:
     world = len(ranks)
     for rank, found in enumerate(ranks):
         few, batch, group, uneven = found["refused"]
         assert f"and the model has {world - 1}: set parallel.sequence to at most {world - 1}" in few
-        stretch = 96 // world
-        assert f"are {(1, stretch, rank, world)}, those of the cut are {(2, float(stretch), rank, world)}" in batch
-        if rank != world - 1 - rank:
-            assert f"those of the cut are {(1, float(stretch), world - 1 - rank, world)}" in group
-        assert f"those of the cut are {(1, 97 / world, rank, world)}" in uneven
+        assert f"are {(1, 96, rank, world)}, those of the cut are {(2, 96, rank, world)}" in batch
+        assert f"those of the cut are {(1, 96, world - 1 - rank, world)}" in group
+        assert f"those of the cut are {(1, 98, rank, world)}" in uneven

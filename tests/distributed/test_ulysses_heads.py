@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -82,11 +84,23 @@ def test_a_library_that_is_not_there_or_broken_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_deepspeed_is_loaded_when_asked_for_and_says_nothing() -> None:
+def test_deepspeed_is_loaded_when_asked_for_and_says_nothing(tmp_path: Path) -> None:
+    """Nor does it compile anything on a CPU, which it would say."""
     pytest.importorskip("deepspeed")
-    program = (
-        "import sys; from longlora.attention.ulysses import require_ulysses; "
-        "assert 'deepspeed' not in sys.modules; require_ulysses(8, 2, 4); assert 'deepspeed' in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    program = f"""
+import sys
+import torch.distributed as dist
+from longlora.attention.ulysses import _start_communication, require_ulysses
+
+assert "deepspeed" not in sys.modules
+require_ulysses(8, 2, 4)
+assert "deepspeed" in sys.modules
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+_start_communication()
+dist.destroy_process_group()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

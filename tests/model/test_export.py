@@ -227,7 +227,7 @@ def test_a_full_disk_and_a_place_of_the_run_leave_nothing(
             export_run(copied, merged_run[1], own)
     monkeypatch.setattr(shutil, "copyfile", full)
     before = sorted(copied.root.rglob("*"))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunFolderError, match="No space left"):
         export_run(copied, merged_run[1], copied.root / "out")
     assert sorted(copied.root.rglob("*")) == before
 

@@ -26,6 +26,30 @@ def recipe(**changes: object) -> Recipe:
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "OTHER": "kept"}
 
+DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none", "OTHER": "kept",
+}  # fmt: skip
+
+
+def test_accelerates_deepspeed_is_followed_and_said(tmp_path: Path) -> None:
+    environment = dict(DEEPSPEED)
+    followed, lines = with_launcher_settings(recipe(), environment)
+    assert followed.parallel.shard == "zero3"
+    assert lines == ["parallel.shard=zero3, as accelerate launch asks"]
+    assert environment == {"OTHER": "kept"}
+    assert with_launcher_settings(recipe(parallel__shard="zero3"), dict(DEEPSPEED))[1] == []
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    followed, lines = with_launcher_settings(recipe(), DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    assert followed.parallel.shard == "zero2"
+    assert lines[0] == f"of {file} the stage of ZeRO is used, the rest follows from the recipe"
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    with pytest.raises(LongLoraError, match="offload_param to cpu"):
+        with_launcher_settings(recipe(), DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    with pytest.raises(LongLoraError, match="nowhere.json cannot be read .FileNotFoundError"):
+        with_launcher_settings(recipe(), DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"})
+
 
 def test_accelerates_fsdp_is_followed_and_said() -> None:
     environment = dict(FSDP)
@@ -43,6 +67,9 @@ def test_accelerates_fsdp_is_followed_and_said() -> None:
     [
         ({}, FSDP | {"FSDP_VERSION": "1"}, "FSDP version 1: give --fsdp_version 2"),
         ({"parallel__shard": "zero3"}, FSDP, "the recipe for parallel.shard=zero3: leave one of them out"),
+        ({}, DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "ZeRO stage 1: give --zero_stage 2 or 3"),
+        ({"parallel__shard": "fsdp2"}, DEEPSPEED, "the recipe for parallel.shard=fsdp2: leave one of them out"),
+        ({}, DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer to cpu"),
         ({}, FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true: weights stay"),
         ({}, FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "False"}, "FSDP_RESHARD_AFTER_FORWARD=false"),
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16, the recipe for model.dtype=bfloat16"),

@@ -91,7 +91,8 @@ def halo_attention(
                 outputs[row, place].append(out)
             else:
                 # Of padding alone the output must have gradients too, which are 0: a rank has to run backward.
-                nothing = sum(x[..., :0].sum() for x in qkv)
+                sinks = () if sink_logits_H is None else (sink_logits_H,)
+                nothing = sum(x[..., :0].sum() for x in (*qkv, *sinks))
                 outputs[row, place].append(v_BKTD.new_zeros(1, part, H, v_BKTD.shape[-1]) + nothing)
     for edge, piece in sorted(itertools.product(edges, plan.slices), key=lambda pair: pair[0].stage(pair[1])):
         stage = edge.stage(piece)

@@ -220,9 +220,7 @@ def s2_attention_forward(
     return attend(query, key, value, attention_mask.bounds_B, pattern, **options), None
 
 
-def _require_plain(
-    mask: LazyMask, tokens: int, dropout: float, softcap: float | None, s_aux: Tensor | None
-) -> None:
+def _require_plain(mask: LazyMask, tokens: int, dropout: float, softcap: float | None, s_aux: Tensor | None) -> None:
     if mask.cut is not None:
         raise ModelError("wraparound takes whole rows, and these are cut across processes: turn it off")
     if any(bounds != [0, tokens] for bounds in mask.bounds_B):

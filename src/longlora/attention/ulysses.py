@@ -152,6 +152,9 @@ def ulysses_attention(
             q, k, v, cut.bounds_B, pattern, backend=backend, scaling=scaling, dropout=dropout, softcap=softcap,
             sink_logits_H=sink_logits_H, plans=plans, full_attention=full_attention,
         )  # fmt: skip
+        if not cut.longest:  # of padding alone the output must have gradients too, which are 0: ranks run backward
+            sinks = () if sink_logits_H is None else (sink_logits_H,)
+            out_BTHD = out_BTHD + sum(x[..., :0].sum() for x in (q, k, v, *sinks))
         return _pad_heads(out_BTHD, deal.places[0])
 
     dealt = [
@@ -166,11 +169,11 @@ def ulysses_attention(
 
 def _require_fit(cut: SequenceCut, q_BHTD: Tensor) -> None:
     B, _, stretch, _ = q_BHTD.shape
-    given = (B, stretch, dist.get_rank(cut.group), dist.get_world_size(cut.group))
-    planned = (len(cut.bounds_B), cut.tokens / cut.world, cut.rank, cut.world)
+    given = (B, stretch * cut.world, dist.get_rank(cut.group), dist.get_world_size(cut.group))
+    planned = (len(cut.bounds_B), cut.tokens, cut.rank, cut.world)
     if given != planned:
         raise ModelError(
-            f"rows, tokens of a stretch, rank and size of the group are {given}, those of the cut are {planned}: "
+            f"rows, their tokens, rank and size of the group are {given}, those of the cut are {planned}: "
             "cut each batch, for its group"
         )
 

@@ -87,8 +87,10 @@ def _fail(message: str, code: int, error: BaseException) -> None:
     ranks = read_ranks()
     if ranks.world > 1:
         report(ranks, error, message)
-    else:
-        print(f"longlora: {' '.join(message.split())}", file=sys.stderr)
+        sys.stdout.flush()
+        # At once: a communicator that still waits for other processes may hold Python up on its way out.
+        os._exit(code)
+    print(f"longlora: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

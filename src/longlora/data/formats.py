@@ -111,7 +111,7 @@ def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[Raw]:
                 raise _missing_field(str(path), text_field, file.schema_arrow.names)
             columns = (batch.column(0) for batch in file.iter_batches(_BATCH_ROWS, columns=[text_field]))
             yield from _rows(columns, name, text_field, str(path))
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} is not a whole parquet file ({_one_line(error)}): write or download it again"
         ) from error

@@ -148,7 +148,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         with parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
             yield from _rows(rows, path.name, str(path))
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a whole parquet file with UTF-8 ({error}): write it again") from error
     except OSError as error:
         raise unreadable(path, error) from error

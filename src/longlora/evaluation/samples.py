@@ -41,8 +41,8 @@ class Samples:
         try:
             values = json.loads(line)
             self._rows[values["key"]] = values["row"]
-        except (ValueError, KeyError, TypeError):  # the line that was being written when the process was killed
-            return
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return  # the line that was being written when the process was killed
 
     def get(self, key: str) -> Any | None:
         """The row of `key`, if it was measured before."""

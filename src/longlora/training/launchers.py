@@ -5,8 +5,11 @@ accelerate passes its settings in environment variables, which its library would
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
 
 from longlora.config import Recipe
 from longlora.errors import RecipeError
@@ -17,6 +20,12 @@ _FSDP_OTHERS = {
     "FSDP_RESHARD_AFTER_FORWARD": ("true", "layers are freed after use: leave --fsdp_reshard_after_forward out"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "set train.activation_checkpointing instead"),
 }
+_DEEPSPEED = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_GRADIENT_CLIPPING",
+)
 _FOREIGN = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config",
@@ -50,6 +59,8 @@ def with_launcher_settings(
         raise RecipeError(
             f"accelerate launch asks for --dynamo_backend {dynamo}, which longlora does not use: leave it out"
         )
+    if _on(settings, "ACCELERATE_USE_DEEPSPEED"):
+        return _with_deepspeed(recipe, settings)
     if not _on(settings, "ACCELERATE_USE_FSDP"):
         return recipe, []
     return _with_fsdp(recipe, settings)
@@ -73,6 +84,49 @@ def _with_fsdp(recipe: Recipe, settings: MutableMapping[str, str]) -> tuple[Reci
         return recipe, []
     parallel = recipe.parallel.model_copy(update={"shard": "fsdp2"})
     return recipe.model_copy(update={"parallel": parallel}), ["parallel.shard=fsdp2, as accelerate launch asks"]
+
+
+def _with_deepspeed(recipe: Recipe, settings: MutableMapping[str, str]) -> tuple[Recipe, list[str]]:
+    """The stage is followed; what else DeepSpeed is told follows from the recipe."""
+    prefix = "ACCELERATE_DEEPSPEED_"
+    file = settings.get(f"{prefix}CONFIG_FILE")
+    zero = _zero_section(Path(file)) if file else {}
+    stage = str(zero.get("stage", "none given") if file else settings.get(f"{prefix}ZERO_STAGE", "2"))
+    if stage not in ("2", "3"):
+        raise RecipeError(f"accelerate launch asks for DeepSpeed with ZeRO stage {stage}: give --zero_stage 2 or 3")
+    for what in ("optimizer", "param"):
+        section = zero.get(f"offload_{what}")
+        given = section.get("device", "none") if isinstance(section, dict) else "none"
+        place = str(given) if file else settings.get(f"{prefix}OFFLOAD_{what.upper()}_DEVICE", "none")
+        if place != "none":
+            raise RecipeError(
+                f"accelerate launch asks for DeepSpeed's offload_{what} to {place}, which longlora does not use: leave "
+                "it out, and see train.activation_offload"
+            )
+    shard = f"zero{stage}"
+    if recipe.parallel.shard not in ("none", shard):
+        raise RecipeError(
+            f"accelerate launch asks for DeepSpeed with ZeRO stage {stage}, the recipe for "
+            f"parallel.shard={recipe.parallel.shard}: leave one of them out"
+        )
+    for name in [name for name in settings if name in _DEEPSPEED or name.startswith(prefix)]:
+        del settings[name]
+    lines = [f"of {file} the stage of ZeRO is used, the rest follows from the recipe"] if file else []
+    if recipe.parallel.shard == shard:
+        return recipe, lines
+    lines.append(f"parallel.shard={shard}, as accelerate launch asks")
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"shard": shard})}), lines
+
+
+def _zero_section(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"DeepSpeed's config {path} cannot be read ({type(error).__name__}: {error}): give accelerate launch "
+            "--zero_stage 2 or 3 in its place"
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def _on(settings: MutableMapping[str, str], name: str) -> bool:

@@ -6,7 +6,9 @@ count, and stopping at the first loss that is not a number.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,10 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         """Leave wrapping and placing to `shard_model`, which has done it."""
         # Set only now: the library sees no way to resume such a model, which we have.
         self.is_distributed_loading_by_transformers = True
+
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        # Not deferred to the last micro batch: until then each process would hold the whole gradients.
+        return contextlib.nullcontext()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not accelerate's own cut of the data: processes that share rows need the same ones, and a state of training
@@ -162,6 +168,7 @@ def training_arguments(
     *,
     grad_accum_steps: int | None = None,
     has_experts: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
     """The `train` section in the words of transformers; checkpoints go to `folder`.
 
@@ -171,40 +178,42 @@ def training_arguments(
         device: of this process.
         grad_accum_steps: in place of the recipe's.
         has_experts: whether some trained weights may be in no loss of a step.
+        changes: in place of what follows from the others.
     """
     train = recipe.train
-    arguments = _Arguments(
-        output_dir=str(folder),
-        max_steps=train.steps,
-        per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=grad_accum_steps or train.grad_accum_steps,
-        optim=OPTIMIZERS[train.optimizer],
-        learning_rate=train.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        max_grad_norm=train.max_grad_norm,
-        bf16=recipe.model.dtype == "bfloat16",
-        seed=train.seed,
-        data_seed=train.seed,
-        logging_steps=train.logging_steps,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
-        save_steps=train.save_steps,
-        save_total_limit=None,  # complete_checkpoint removes old ones, and only after the new one is whole
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        ddp_backend="gloo" if dist.is_initialized() and device.type == "cpu" else None,
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": train.steps,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps or train.grad_accum_steps,
+        "optim": OPTIMIZERS[train.optimizer],
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_beta1,
+        "adam_beta2": train.adam_beta2,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": recipe.model.dtype == "bfloat16",
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "logging_steps": train.logging_steps,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "all",
+        "save_steps": train.save_steps,
+        "save_total_limit": None,  # complete_checkpoint removes old ones, and only after the new one is whole
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "ddp_backend": "gloo" if dist.is_initialized() and device.type == "cpu" else None,
         # Every trained weight is part of every loss, but for experts that no token went to.
-        ddp_find_unused_parameters=has_experts,
-        ddp_broadcast_buffers=False,
-        average_tokens_across_devices=True,
-        disable_tqdm=True,
-        report_to=[],
-    )
+        "ddp_find_unused_parameters": has_experts,
+        "ddp_broadcast_buffers": False,
+        "average_tokens_across_devices": True,
+        "disable_tqdm": True,
+        "report_to": [],
+    }
+    arguments = _Arguments(**settings | dict(changes or {}))
     # One GPU to a process: torch's DataParallel would copy the model to the others in every step.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

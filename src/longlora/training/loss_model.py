@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longlora.attention.sequence import SequenceCut, rows_cut
 from longlora.data.stretches import Stretch
 from longlora.memory.chunked_loss import IGNORE_INDEX, chunked_loss, token_losses
-from longlora.model.head import hidden_states, mixed_precision, output_head
+from longlora.model.head import OutputHead, hidden_states, mixed_precision, output_head
 from longlora.model.trainable import TrainedModel, base_of
 
 
@@ -37,9 +37,8 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self._group = group
-        self._chunk_tokens, self._dtype = chunk_tokens, dtype
-        # In a tuple, so that the head's parameters are not registered a second time.
-        self._head = (output_head(base_of(model), dtype),)
+        self._dtype = dtype
+        self.head_loss = HeadLoss(output_head(base_of(model), dtype), chunk_tokens)
 
     def forward(
         self,
@@ -59,7 +58,7 @@ class LossModel(nn.Module):
             num_items_in_batch: sum of the weights in the whole step (`weight_of_batches`); None means in this batch.
         """
         hidden_tC, labels_t, weights_t = self._predicting(input_ids, position_ids, labels, loss_weights, stretch)
-        total = chunked_loss(hidden_tC, labels_t, self._head[0], self._chunk_tokens, weights_t)
+        total = self.head_loss(hidden_tC, labels_t, weights_t)
         count = num_items_in_batch if num_items_in_batch is not None else _sum_of(labels_t, weights_t)
         return {"loss": total / count}
 
@@ -78,7 +77,7 @@ class LossModel(nn.Module):
         """
         with mixed_precision(self.model, self._dtype):
             hidden_tC, labels_t, weights_t = self._predicting(input_ids, position_ids, labels, loss_weights, stretch)
-            losses_t = token_losses(hidden_tC, labels_t, self._head[0], self._chunk_tokens).double()
+            losses_t = self.head_loss(hidden_tC, labels_t, apart=True).double()
         total = losses_t.sum() if weights_t is None else (losses_t * weights_t).sum()
         found = torch.stack([total, _sum_of(labels_t, weights_t).double()])
         if stretch is not None and stretch.world > 1:
@@ -113,6 +112,30 @@ class LossModel(nn.Module):
             return None
         assert self._group is not None, "a cut batch needs the group of its processes"
         return SequenceCut(self._group, stretch.rank, stretch.world, stretch.bounds_B, stretch.tokens)
+
+
+class HeadLoss(nn.Module):
+    """The loss of hidden states, in chunks: a module of its own, so that ZeRO-3 gathers the head once for all chunks.
+
+    Processes may have different numbers of chunks, and gathering takes all of them.
+    """
+
+    def __init__(self, head: OutputHead, chunk_tokens: int) -> None:
+        super().__init__()
+        # In a tuple, so that the head's parameters are not registered a second time.
+        self._head, self._chunk_tokens = (head,), chunk_tokens
+
+    @property
+    def head(self) -> OutputHead:
+        return self._head[0]
+
+    def forward(
+        self, hidden_tC: Tensor, labels_t: Tensor, weights_t: Tensor | None = None, *, apart: bool = False
+    ) -> Tensor:
+        """`chunked_loss`, or `token_losses` if `apart`."""
+        if apart:
+            return token_losses(hidden_tC, labels_t, self.head, self._chunk_tokens)
+        return chunked_loss(hidden_tC, labels_t, self.head, self._chunk_tokens, weights_t)
 
 
 def weight_of_batches(batches: list[dict[str, Tensor]]) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,6 +29,7 @@ from longlora.errors import ModelError
 from longlora.model.trainable import TrainedModel, base_of
 from longlora.training.distributed import Ranks
 from longlora.training.loss_model import LossModel
+from longlora.training.zero import is_zero_part, whole_parameter
 
 
 def check_sharding(recipe: Recipe) -> None:
@@ -62,8 +63,14 @@ def shard_model(model: LossModel, ranks: Ranks, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` was applied."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether `shard_model` was applied, or `shard_zero`."""
+    return any(isinstance(parameter, DTensor) or is_zero_part(parameter) for parameter in model.parameters())
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Leave each process its part again, after a forward pass that no backward pass followed; else nothing."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def whole_weights(model: TrainedModel, *, keep: bool) -> dict[str, Tensor]:
@@ -82,7 +89,8 @@ def whole_weights(model: TrainedModel, *, keep: bool) -> dict[str, Tensor]:
         if adapter and not parameter.requires_grad:
             continue
         if id(parameter) not in seen:
-            seen[id(parameter)] = _whole(parameter.detach(), keep=keep)
+            whole = whole_parameter if is_zero_part(parameter) else _whole
+            seen[id(parameter)] = whole(parameter, keep=keep)
         if keep:
             found[name] = seen[id(parameter)]
     return found
@@ -122,6 +130,7 @@ def _layers(base: PreTrainedModel) -> list[nn.Module]:
 
 
 def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
+    tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()  # all processes take part, whoever keeps it
     return tensor.cpu().contiguous() if keep else torch.empty(0)

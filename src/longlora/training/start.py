@@ -30,6 +30,7 @@ from longlora.training.collectives import from_main, join, largest, require_same
 from longlora.training.distributed import Ranks, read_ranks
 from longlora.training.launchers import with_launcher_settings
 from longlora.training.sharding import check_sharding
+from longlora.training.zero import STAGES, check_zero
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,14 @@ class Start:
     """Micro batches of this process in a step: the recipe's, unless a run goes on with other processes."""
 
     @property
+    def shard(self) -> str:
+        """`parallel.shard`, where there are several processes."""
+        return self.recipe.parallel.shard if self.ranks.world > 1 else "none"
+
+    @property
     def shards_weights(self) -> bool:
-        """Whether processes hold parts of the weights by FSDP2."""
-        return self.recipe.parallel.shard == "fsdp2" and self.ranks.world > 1
+        """Whether processes hold parts of the weights."""
+        return self.shard in ("fsdp2", "zero3")
 
 
 def start(recipe: Recipe, console: Console, *, resume: bool) -> Start:
@@ -87,6 +93,8 @@ def start(recipe: Recipe, console: Console, *, resume: bool) -> Start:
     check_levers(recipe, device)
     if recipe.parallel.shard == "fsdp2" and ranks.world > 1:
         check_sharding(recipe)
+    if recipe.parallel.shard in STAGES and ranks.world > 1:
+        check_zero(recipe)
     config, change = rescale_for(recipe, load_config(recipe.model))
     recipe, memory = _settle(recipe, config, ranks, console)
     return Start(recipe, ranks, console, device, config, change, memory, checkpoint, grad_accum_steps)

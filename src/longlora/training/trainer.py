@@ -7,6 +7,7 @@ the loss in chunks. Several processes run this file together; `collectives.py` h
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -42,9 +43,12 @@ from longlora.training.loop import LongContextTrainer, training_arguments
 from longlora.training.loss_model import LossModel
 from longlora.training.metrics import MetricsCallback
 from longlora.training.result import write_result
+from longlora.training.sequence import check_sequence, sequence_group
 from longlora.training.sharding import is_sharded, shard_model, whole_weights
 from longlora.training.start import Start, start
 from longlora.training.validation import Batches, validation
+from longlora.training.zero import STAGES, join_zero, shard_zero, zero_config
+from longlora.training.zero_trainer import ZeroTrainer
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
@@ -77,13 +81,13 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
 def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sidecar]:
     """Load the model, train it, from the checkpoint on if there is one, and return it with what goes beside it."""
     recipe, console, ranks, checkpoint = begun.recipe, begun.console, begun.ranks, begun.checkpoint
-    run, config = RunFolder(recipe.run_path), begun.config
+    run = RunFolder(recipe.run_path)
     set_seed(recipe.train.seed)  # here, because planning draws random numbers too
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256)
-    instruct = recipe.data.kind == "instruct"
     _require_kind(shard, recipe)
+    instruct = recipe.data.kind == "instruct"
     weigh = instruct and recipe.data.instruct.loss_weighting == "examples"
     dataset = PackedDataset(
         shard,
@@ -91,36 +95,39 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
         min_length=1 if instruct else begun.change.original_context_length,
         weigh_documents=weigh,
     )
-    # What is sharded goes to its device a layer at a time: as a whole it may not fit there.
-    whole_on = torch.device("cpu") if begun.shards_weights and recipe.model.quantization == "none" else begun.device
-    base, fingerprint = load_for_training(source_of_training(recipe), config, whole_on)
-    if not keeps_documents_apart(base):
-        console.print(
-            f"WARNING: packed documents reach each other in model type {config.model_type}, whatever the attention "
-            "(docs/architectures.md): use documents as long as context.context_length",
-            highlight=False,
-        )
-    sidecar = Sidecar.of(recipe, begun.change, config, tokenizer_sha256, fingerprint, shard.chat_template)
+    base, fingerprint = _base(begun)
+    least = check_sequence(base, recipe, ranks)
+    sidecar = Sidecar.of(recipe, begun.change, begun.config, tokenizer_sha256, fingerprint, shard.chat_template)
     model = _trainable(base, recipe, shard)
     _announce(model, dataset, begun)
-    loss_model = LossModel(model, recipe.train.loss_chunk_tokens, getattr(torch, recipe.model.dtype))
-    require_same(ranks, _facts(run, model, fingerprint, tokenizer_sha256))
+    dtype = getattr(torch, recipe.model.dtype)
+    loss_model = LossModel(model, recipe.train.loss_chunk_tokens, dtype, sequence_group(ranks))
+    if ranks.world > 1:
+        require_same(ranks, _facts(run, model, fingerprint, tokenizer_sha256))
     if checkpoint is not None:
         load_trained(model, checkpoint)
         if checkpoint_step(checkpoint) >= recipe.train.steps:
             return model, sidecar  # stopped between its last checkpoint and its result
     experts = any("expert" in name for name in trainable_names(model))
-    if begun.shards_weights:
+    if begun.shard == "fsdp2":
         shard_model(loss_model, ranks, begun.device)
-    collator = StretchCollator(tokenizer.pad_token_id or 0, weighted=weigh)
+    changes = _use_deepspeed(loss_model, begun) if begun.shard in STAGES else {}
+    collator = StretchCollator(
+        tokenizer.pad_token_id or 0, ranks.sequence_rank, ranks.sequence_world, least, weighted=weigh
+    )
     validate = validation(
         recipe, loss_model, tokenizer_sha256, weigh_documents=weigh, console=console, batches=Batches(ranks, collator)
     )
     stop = StopOnSignal(console, ranks)
-    trainer = LongContextTrainer(
+    trainer = (ZeroTrainer if changes else LongContextTrainer)(
         model=loss_model,
         args=training_arguments(
-            recipe, run.checkpoints, begun.device, grad_accum_steps=begun.grad_accum_steps, has_experts=experts
+            recipe,
+            run.checkpoints,
+            begun.device,
+            grad_accum_steps=begun.grad_accum_steps,
+            has_experts=experts,
+            changes=changes,
         ),
         train_dataset=dataset,
         data_collator=collator,
@@ -129,7 +136,7 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
     trainer.checkpoints_kept, trainer.ranks = recipe.train.save_total_limit, ranks
-    if begun.shards_weights:
+    if begun.shard == "fsdp2":
         trainer.take_sharded_model()
     if ranks.is_main:
         write_atomic(run.recipe, dump_recipe(recipe))
@@ -139,6 +146,30 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     finally:
         metrics.close()
     return model, sidecar
+
+
+def _base(begun: Start) -> tuple[PreTrainedModel, str]:
+    """The base model and the fingerprint of its weights."""
+    recipe, config = begun.recipe, begun.config
+    # What is sharded goes to its device a layer at a time: as a whole it may not fit there.
+    whole_on = torch.device("cpu") if begun.shards_weights and recipe.model.quantization == "none" else begun.device
+    base, fingerprint = load_for_training(source_of_training(recipe), config, whole_on)
+    if not keeps_documents_apart(base):
+        begun.console.print(
+            f"WARNING: packed documents reach each other in model type {config.model_type}, whatever the attention "
+            "(docs/architectures.md): use documents as long as context.context_length",
+            highlight=False,
+        )
+    return base, fingerprint
+
+
+def _use_deepspeed(model: LossModel, begun: Start) -> dict[str, Any]:
+    """Leave each process its part of `model`, if it is to have one; returns what the trainer is told of DeepSpeed."""
+    config = zero_config(begun.recipe, begun.config)
+    changes = join_zero(begun.device)
+    if begun.shards_weights:
+        shard_zero(model, config, begun.device)
+    return {**changes, "deepspeed": config, "bf16": False}  # the config says what computes in 16 bits
 
 
 def _facts(run: RunFolder, model: TrainedModel, fingerprint: str, tokenizer_sha256: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from longlora.errors import DataError
 from longlora.training.collectives import gathered
 from longlora.training.distributed import Ranks
 from longlora.training.loss_model import LossModel
+from longlora.training.sharding import free_gathered
 
 
 class Validation(TrainerCallback):  # type: ignore[misc]
@@ -132,5 +133,6 @@ def validation_loss(model: LossModel, dataset: PackedDataset, rows: int, batches
                 total, weight = total + summed, weight + count
     finally:
         model.train(was_training)
+        free_gathered(model)
     sums = gathered(ranks, (total, weight))
     return sum(total for total, _ in sums) / sum(weight for _, weight in sums)

@@ -44,7 +44,7 @@ def read_training(run: RunFolder) -> list[TrainingRow]:
             continue
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):  # no newline after it: training was stopped while writing this line
                 continue
             raise RunFolderError(f"{run.metrics} line {number} is not JSON: remove that line") from None
@@ -59,6 +59,10 @@ def read_training(run: RunFolder) -> list[TrainingRow]:
 
 
 def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
