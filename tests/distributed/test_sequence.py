@@ -71,7 +71,8 @@ def test_what_cannot_be_cut_is_refused_before_the_first_step(
     recipe = prepared_run(tmp_path, tiny_model_folder, **{"parallel__sequence": 2, **change})
     done = launch(recipe, processes=2, seconds=300)
     assert done.returncode != 0
-    assert done.ours and all(part in line for line in done.ours), done.stderr
+    assert done.ours, done.stderr
+    assert all(part in line for line in done.ours), done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

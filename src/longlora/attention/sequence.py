@@ -1,6 +1,6 @@
 """Sequence parallelism, the seam: which stretch of its rows a forward pass holds, and attention across all of them.
 
-In: a `SequenceCut` around the forward pass (`rows_cut`), which its masks keep (`passes.py`). Out: attention of the whole
+In: a `SequenceCut` around the forward pass (`rows_cut`), which its masks keep (`passes.py`). Out: attention of whole
 rows, from `halo.py` where a group or a window bounds what a token sees, from `ulysses.py` where attention is full.
 
 B batch, T tokens of the stretch, H query heads, K key/value heads, D head dim.
@@ -20,6 +20,7 @@ from longlora.attention.backends import Backend, Plans
 from longlora.attention.halo import halo_attention
 from longlora.attention.halo_plan import halo_plan
 from longlora.attention.pattern import FULL, Pattern
+from longlora.attention.ulysses import ulysses_attention
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,6 @@ def attend_across(
         ModelError: a stretch is shorter than a group or a window, or full attention can't be had.
     """
     if pattern == FULL:
-        from longlora.attention.ulysses import ulysses_attention  # pulls in DeepSpeed
-
         return ulysses_attention(
             q_BHTD, k_BKTD, v_BKTD, cut, backend=backend, scaling=scaling, dropout=dropout, softcap=softcap,
             sink_logits_H=sink_logits_H, plans=plans, full_attention=full_attention,

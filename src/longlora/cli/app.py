@@ -22,7 +22,7 @@ from longlora.training.distributed import read_ranks
 from longlora.training.failures import report
 
 _INTERRUPTED = 130
-_OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 app = typer.Typer(
     help="Teach a causal language model a longer context with shifted sparse attention (LongLoRA).",

@@ -38,7 +38,9 @@ def train(
     from longlora.training.trainer import train as run_training
 
     prepared = RunFolder(resolved.run_path).recipe
-    if prepared.exists() and load_recipe(prepared).data != resolved.data:
+    if not prepared.exists():
+        raise RunFolderError(f"{resolved.run_dir} was not prepared to its end: run `longlora prepare`")
+    if load_recipe(prepared).data != resolved.data:
         raise RunFolderError(f"the data section differs from what {resolved.run_dir} was prepared with: prepare again")
     _say(run_training(resolved, console()))
 

@@ -1,6 +1,6 @@
 """Batches of training, and their cut into stretches where several processes share each row.
 
-In: rows of `PackedDataset`. Out: tensors [B, T], where T are the tokens of one stretch, and a `Stretch` that says of what.
+In: rows of `PackedDataset`. Out: tensors [B, T], T the tokens of one stretch, and a `Stretch` that says of what.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def peak_memory(
     whole = [peaks["forward"][kind] for kind in _WEIGHTS]
     for each in phases:
         _quantize(peaks[each], recipe, model)
-        peaks[each]["saved"] = max(peaks[each]["saved"] - offloaded, 0.0)
+        _offload(peaks[each], each, offloaded)
         gathered[each] = divide(peaks[each], each, recipe, model, mesh)
     phase = max(phases, key=lambda each: sum(peaks[each].values()) + gathered[each])
     held = peaks[phase]
@@ -180,6 +180,15 @@ def _quantize(held: Bytes, recipe: Recipe, model: Outline) -> None:
     width = width_of(recipe)
     held["frozen"] -= model.quantizable * (width - NF4_BYTES)
     held["temporary"] += model.largest_matrix * width
+
+
+def _offload(held: Bytes, phase: Phase, offloaded: int) -> None:
+    """Take the inputs of layers, which are in main memory, off what is held; forward they count as temporary too."""
+    left = float(offloaded)
+    for kind in ("saved", "temporary") if phase == "forward" else ("saved",):
+        taken = min(left, held[kind])
+        held[kind] -= taken
+        left -= taken
 
 
 def _layer_inputs(recipe: Recipe, config: PreTrainedConfig) -> int:

@@ -252,6 +252,15 @@ def _read_bytes(recipe: Recipe, model: Outline) -> int:
     return model.total * (4 if recipe.adapter.method == "full" else width_of(recipe))
 
 
+def run_disk(recipe: Recipe, config: PreTrainedConfig) -> Disk:
+    """What the run folder will hold.
+
+    Raises:
+        ModelError: the model cannot be built from its config.
+    """
+    return _disk(recipe, outline(config, recipe))
+
+
 def _disk(recipe: Recipe, model: Outline) -> Disk:
     train = recipe.train
     written = min(train.save_total_limit + 1, max(1, train.steps // train.save_steps))

@@ -5,6 +5,7 @@ In: a recipe. Out: a `Start`, or one error that all processes have in common.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from longlora.model.levers import check_levers
 from longlora.model.rope import RopeChange, rescale_for
 from longlora.planning.machines import this_machine
 from longlora.planning.memory import Memory
+from longlora.planning.plan import run_disk
 from longlora.planning.settle import Settled, adopt_levers, settle_memory
+from longlora.storage import require_free_space
 from longlora.training.attention_schedule import moved_full_phase
 from longlora.training.checkpoint import batches_of, checkpoint_step, newest_checkpoint
 from longlora.training.collectives import from_main, join, largest, require_same
@@ -63,8 +66,14 @@ class Start:
         return self.shard in ("fsdp2", "zero3")
 
 
-def start(recipe: Recipe, console: Console, *, resume: bool) -> Start:
+def start(recipe: Recipe, console: Console, held: contextlib.ExitStack, *, resume: bool) -> Start:
     """Join the other processes, agree with them, and settle what is to be trained.
+
+    Args:
+        recipe: what to train.
+        console: for a person.
+        held: gets the lock of the run folder, which the first process takes for all.
+        resume: go on from the newest whole checkpoint.
 
     Raises:
         LongLoraError: the run folder is in use, something is missing or does not fit, or processes differ.
@@ -81,6 +90,8 @@ def start(recipe: Recipe, console: Console, *, resume: bool) -> Start:
     # DeepSpeed, which accelerate imports where it is installed, would look for one and say what it found.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     run = RunFolder(recipe.run_path)
+    doing = "longlora resume" if resume else "longlora train"
+    from_main(ranks, lambda: held.enter_context(run.lock(doing)))
     checkpoint = from_main(ranks, lambda: _checkpoint(run, console, resume=resume))
     grad_accum_steps = recipe.train.grad_accum_steps
     if checkpoint is not None:
@@ -151,7 +162,17 @@ def _settle(recipe: Recipe, config: PreTrainedConfig, ranks: Ranks, console: Con
     peak = settled.memory.peak if settled.memory else None
     if not machine.cuda and return_freed_memory_if_tight(peak, machine.memory_bytes):
         console.print("memory is short: what is freed goes back to the system at once, which takes time")
+    if settled.memory is not None:
+        from_main(ranks, lambda: _require_disk(settled.recipe, config))
     return settled.recipe, settled.memory
+
+
+def _require_disk(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse a run whose checkpoints and result the disk cannot take; those that are there already count."""
+    run, disk = RunFolder(recipe.run_path), run_disk(recipe, config)
+    written = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    result = disk.merged if recipe.adapter.method == "full" else disk.adapter
+    require_free_space(run.root, max(0, disk.checkpoints - written) + result, "what the run writes")
 
 
 def _lone(recipe: Recipe, ranks: Ranks) -> list[str]:

@@ -6,6 +6,7 @@ the loss in chunks. Several processes run this file together; `collectives.py` h
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
     Raises:
         LongLoraError: the run folder is in use, or something that the run needs is missing or does not fit.
     """
-    begun = start(recipe, console, resume=resume)
+    with contextlib.ExitStack() as held:
+        begun = start(recipe, console, held, resume=resume)
+        return _trained(begun)
+
+
+def _trained(begun: Start) -> Path:
+    """Train, and write what came of it."""
     run = RunFolder(begun.recipe.run_path)
     metrics = MetricsCallback(run.metrics, begun.console)
     with explained_out_of_memory(
@@ -85,7 +92,7 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     set_seed(recipe.train.seed)  # here, because planning draws random numbers too
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
-    shard = open_shard(run.train_shard, tokenizer_sha256)
+    shard = open_shard(run.train_shard, tokenizer_sha256, vocabulary=begun.config.get_text_config().vocab_size)
     _require_kind(shard, recipe)
     instruct = recipe.data.kind == "instruct"
     weigh = instruct and recipe.data.instruct.loss_weighting == "examples"
