@@ -140,3 +140,16 @@ def test_every_model_type_is_in_the_table_or_left_out_for_a_reason() -> None:
     script = make_architectures()
     if script.tools() in script.PAGE.read_text(encoding="utf-8"):
         assert types | others == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "gpt_oss", "llama", "opt"])
+def test_full_attention_in_evaluation_keeps_documents_apart(name: str) -> None:
+    """Also where the architecture gives no positions to its mask."""
+    model = next(each for each in ARCHITECTURES if each.model_type == name and not each.variant).build()
+    use_s2(model, group_size=8, sink_tokens=2)
+    ids = torch.randint(3, 100, (1, 50), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 20:]
+        alone = model(input_ids=ids[:, 20:], position_ids=positions[:, 20:], use_cache=False).logits
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

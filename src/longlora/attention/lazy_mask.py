@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, packed_sequence_mask_function
 
 from longlora.attention.backends import Plans
 from longlora.attention.passes import AHEAD, current_pass
@@ -59,8 +59,27 @@ class LazyMask:
     def full_for(self, implementation: str) -> Any:
         """The mask that transformers makes for this implementation; None means plain causal. Kept for other layers."""
         if implementation not in self._full:
-            self._full[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._arguments)
+            arguments = self._arguments | self._documents_apart()
+            self._full[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
         return self._full[implementation]
+
+    def _documents_apart(self) -> dict[str, Any]:
+        """What keeps documents apart of which only the inputs of the model tell (`_told_BT`), for full attention.
+
+        Beside a padding mask or a cache transformers takes no positions for document bounds, and neither does this.
+        """
+        arguments = self._arguments
+        B, T = arguments["batch_size"], arguments["q_length"]
+        if arguments["kv_length"] != T or arguments.get("attention_mask") is not None or arguments.get("use_vmap"):
+            return {}
+        told_BT = self._told_BT(torch.zeros(B, T, dtype=torch.bool, device=arguments["device"]))
+        if not told_BT.any():
+            return {}
+        same_document = packed_sequence_mask_function(told_BT.cumsum(-1))
+        return {
+            "mask_function": and_masks(arguments["mask_function"], same_document),
+            "allow_is_causal_skip": False,
+        }
 
     @property
     def contiguous(self) -> NoReturn:

@@ -12,9 +12,11 @@ import os
 import sys
 import traceback
 import warnings
+from typing import Annotated
 
 import typer
 
+from longlora import __version__
 from longlora.cli import bench, check, data, export, measure, plan, prepare, quickstart, train, use
 from longlora.errors import InterruptedRunError, LongLoraError, RecipeError
 from longlora.memory.allocator import keep_freed_memory, use_huge_pages
@@ -25,13 +27,27 @@ _INTERRUPTED = 130
 _OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 app = typer.Typer(
-    help="Teach a causal language model a longer context with shifted sparse attention (LongLoRA).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 for _module in (quickstart, plan, data, prepare, train, measure, use, export, check, bench):
     _module.add_to(app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"longlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Teach a causal language model a longer context with shifted sparse attention (LongLoRA)."""
 
 
 def main() -> None:

@@ -183,6 +183,11 @@ def this_machine(processes: int = 1, here: int | None = None) -> Machine:
     )
 
 
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 by itself; elsewhere torch converts number by number."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
 def with_memory(machine: Machine, gigabytes: float) -> Machine:
     """The same machine with another amount of memory, in GB of 10^9 bytes."""
     if gigabytes <= 0:

@@ -22,7 +22,7 @@ from longlora.memory.allocator import return_freed_memory_if_tight
 from longlora.model.build import device_for_run, load_config
 from longlora.model.levers import check_levers
 from longlora.model.rope import RopeChange, rescale_for
-from longlora.planning.machines import this_machine
+from longlora.planning.machines import has_bfloat16_products, this_machine
 from longlora.planning.memory import Memory
 from longlora.planning.plan import run_disk
 from longlora.planning.settle import Settled, adopt_levers, settle_memory
@@ -84,9 +84,9 @@ def start(recipe: Recipe, console: Console, held: contextlib.ExitStack, *, resum
         console = Console(quiet=True)
     join(ranks)
     require_same(ranks, _flat(recipe.model_dump(mode="json")) | {"longlora resume": str(resume).lower()})
-    for line in [*lines, *_lone(recipe, ranks)]:
-        console.print(line, highlight=False)
     device = device_for_run()
+    for line in [*lines, *_notes(recipe, ranks, device)]:
+        console.print(line, highlight=False)
     # DeepSpeed, which accelerate imports where it is installed, would look for one and say what it found.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     run = RunFolder(recipe.run_path)
@@ -175,11 +175,16 @@ def _require_disk(recipe: Recipe, config: PreTrainedConfig) -> None:
     require_free_space(run.root, max(0, disk.checkpoints - written) + result, "what the run writes")
 
 
-def _lone(recipe: Recipe, ranks: Ranks) -> list[str]:
-    """What one process says of settings and devices that are for several."""
-    if ranks.world > 1:
-        return []
+def _notes(recipe: Recipe, ranks: Ranks, device: torch.device) -> list[str]:
+    """What a run says of settings and devices before it begins."""
     lines = []
+    if recipe.model.dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16_products():
+        lines.append(
+            "WARNING: this CPU has no products in bfloat16 (AMX or AVX512-BF16) and is several times slower with it "
+            "than with model.dtype=float32"
+        )
+    if ranks.world > 1:
+        return lines
     if recipe.parallel.shard != "none":
         lines.append(f"parallel.shard={recipe.parallel.shard} divides nothing: there is one process")
     if torch.cuda.device_count() > 1:

@@ -147,6 +147,8 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
         trainer.take_sharded_model()
     if ranks.is_main:
         write_atomic(run.recipe, dump_recipe(recipe))
+    if ranks.world > 1:
+        torch.manual_seed(recipe.train.seed + ranks.rank)  # or all would drop the same places of their tokens
     try:
         with stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
