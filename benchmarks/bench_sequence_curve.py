@@ -1,8 +1,8 @@
 """Loss curves of the same run by one process and by sequence ranks that share each row, in bfloat16.
 
 python benchmarks/bench_sequence_curve.py              appends to benchmarks/results/sequence_curve.csv
-SmolLM2-135M-Instruct on State of the Union messages, both out of pinned Python packages, rows of 4096 tokens, groups of
-1024, as `longlora train` trains it. Rounding differs between the two: a stretch of a row is another size of product.
+SmolLM2-135M-Instruct on State of the Union messages, both out of pinned Python packages, groups of a quarter of a row, as
+`longlora train` trains it. Rounding differs between the two: a stretch of a row is another size of product.
 How much that is without any cut says a third run, of one process whose rows differ in nothing but the number of
 threads that compute them.
 """
@@ -28,7 +28,7 @@ from longlora.model.build import load_tokenizer, tokenizer_hash
 from longlora.quickstart.run import quickstart_recipe
 
 SETTINGS = [
-    "attention.group_size=1024", "train.grad_accum_steps=1", "train.warmup_steps=0", "train.save_steps=1000000",
+    "train.grad_accum_steps=1", "train.warmup_steps=0", "train.save_steps=1000000",
     "train.validation_steps=null", "memory=unchecked",
 ]  # fmt: skip
 
@@ -36,7 +36,8 @@ SETTINGS = [
 def prepared(folder: Path, args: argparse.Namespace) -> Recipe:
     console = Console(stderr=True)
     overrides = [*SETTINGS, f"context.context_length={args.context}", f"train.steps={args.steps}"]
-    overrides += ["data.min_document_tokens=0", "model.original_context_length=2048", "context.rope_factor=2"]
+    overrides += [f"attention.group_size={args.context // 4}", f"model.original_context_length={args.context // 2}"]
+    overrides += ["data.min_document_tokens=0", "context.rope_factor=2"]
     recipe = quickstart_recipe(folder, None, overrides, console)
     tokenizer = load_tokenizer(recipe.model)
     prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), console)
