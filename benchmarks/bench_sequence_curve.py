@@ -1,8 +1,8 @@
 """Loss curves of the same run by one process and by sequence ranks that share each row, in bfloat16.
 
 python benchmarks/bench_sequence_curve.py              appends to benchmarks/results/sequence_curve.csv
-SmolLM2-135M-Instruct on State of the Union messages, both out of pinned Python packages, groups of a quarter of a row, as
-`longlora train` trains it. Rounding differs between the two: a stretch of a row is another size of product.
+SmolLM2-135M-Instruct on State of the Union messages, both out of pinned Python packages, groups of a quarter of a row,
+as `longlora train` trains it. Rounding differs between the two: a stretch of a row is another size of product.
 How much that is without any cut says a third run, of one process whose rows differ in nothing but the number of
 threads that compute them.
 """
