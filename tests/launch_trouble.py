@@ -50,6 +50,10 @@ if __name__ == "__main__":
     if os.environ["RANK"] == rank:
         if what == "recipe":
             sys.argv.append("train.learning_rate=0.5")
+        elif what == "data":
+            from longlora.training import trainer
+
+            trainer.sha256_file = lambda path: "0" * 64  # type: ignore[assignment]
         else:
             prepare(what, int(step))
     main()

@@ -76,17 +76,17 @@ class TestLock:
 
 class TestLeftBehind:
     def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(self, tmp_path: Path) -> None:
-        for name in (".out.abcd1234", ".out.zz_z1234"):
+        for name in (".out.longlora-abcd1234", ".out.longlora-zz_z1234"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "half").write_text("x")
-        (tmp_path / ".a.json.abcd1234").write_text("{")
-        kept = [".out.txt", ".out.abcd12345", ".other.abcd1234", "out.abcd1234"]
+        (tmp_path / ".a.json.longlora-abcd1234").write_text("{")
+        kept = [".out.txt", ".out.metadata", ".out.longlora-abcd12345", ".other.abcd1234", "out.abcd1234"]
         for name in kept:
             (tmp_path / name).write_text("mine")
         with new_folder(tmp_path / "out") as first:
             (first / "a").touch()
-            assert not (tmp_path / ".out.abcd1234").exists()
-            assert not (tmp_path / ".out.zz_z1234").exists()
+            assert not (tmp_path / ".out.longlora-abcd1234").exists()
+            assert not (tmp_path / ".out.longlora-zz_z1234").exists()
             with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "out") as second:
                 (second / "b").touch()
                 (tmp_path / "out").mkdir()

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from longlora.errors import RunFolderError
 
+_MARK = "longlora-"
 _RANDOM = re.compile(r"[a-z0-9_]{8}")  # what tempfile puts behind its prefix
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Rust and C++ keep the number of the error in the text alone; numpy only says how much of an array was written.
@@ -179,10 +180,10 @@ def exclusive(path: Path, place: str, what: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _take(path, place)
     owner = {"process": os.getpid(), "host": socket.gethostname(), "doing": what, "since": time.strftime("%F %T")}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
     _held.add(key)
     try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield
     finally:
         _held.discard(key)
@@ -225,10 +226,10 @@ def _temporary(path: Path, *, folder: bool) -> tuple[int, Path]:
     """A descriptor, locked, of a new file or folder beside `path`, and its name."""
     while True:
         if folder:
-            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{_MARK}"))
             descriptor = os.open(temporary, os.O_RDONLY)
         else:
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_MARK}")
             temporary = Path(name)
         with contextlib.suppress(OSError):  # no locks here: nobody removes it, or what a killed process left
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,7 +247,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 def _remove_left_behind(path: Path) -> None:
     """Remove what killed writers of `path` left beside it."""
-    prefix = f".{path.name}."
+    prefix = f".{path.name}.{_MARK}"
     with os.scandir(path.parent) as entries:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix)]
     for old in found:

@@ -142,6 +142,9 @@ def test_processes_with_different_recipes_are_refused(folder: Path, tiny_model_f
         "longlora: rank 1 would train something else than rank 0: train.learning_rate is 0.5 there and 0.003 on rank "
         "0; start all processes with the same recipe, data and base model"
     ]
+    other_data = launch(recipe, trouble="data:1:0")
+    (ours,) = other_data.ours
+    assert "training data (manifest) is 000000000000 there and" in ours
     assert not RunFolder(recipe.run_path).metrics.exists()
 
 

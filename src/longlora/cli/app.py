@@ -87,7 +87,7 @@ def main() -> None:
 def _require_verb_for_several() -> None:
     """Only training is for several processes."""
     verb = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
-    if verb not in ("train", "resume") and (world := read_ranks().world) > 1:
+    if verb not in (None, "train", "resume") and (world := read_ranks().world) > 1:
         raise RecipeError(
             f"`longlora {verb}` runs in one process and was started in {world}: call it without a launcher"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe, save_recipe
+from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
 
 
 def add_to(app: typer.Typer) -> None:
@@ -20,4 +20,3 @@ def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None
 
     tokenizer = load_tokenizer(resolved.model)
     prepare_shards(resolved, tokenizer, tokenizer_hash(tokenizer), console())
-    save_recipe(resolved)

@@ -37,10 +37,10 @@ def train(
         return
     from longlora.training.trainer import train as run_training
 
-    prepared = RunFolder(resolved.run_path).recipe
-    if not prepared.exists():
+    run = RunFolder(resolved.run_path)
+    if run.train_shard.exists() and not run.recipe.exists():
         raise RunFolderError(f"{resolved.run_dir} was not prepared to its end: run `longlora prepare`")
-    if load_recipe(prepared).data != resolved.data:
+    if run.recipe.exists() and load_recipe(run.recipe).data != resolved.data:
         raise RunFolderError(f"the data section differs from what {resolved.run_dir} was prepared with: prepare again")
     _say(run_training(resolved, console()))
 

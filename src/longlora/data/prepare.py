@@ -42,6 +42,7 @@ def prepare_shards(recipe: Recipe, tokenizer: Any, tokenizer_hash: str, console:
         else:
             read_documents(sources, recipe.data.text_field, ReadReport())
     with run.lock("longlora prepare"):
+        run.require_unused()  # once more: a run may have ended meanwhile
         require_free_space(run.root, _least_bytes(recipe), "tokens of data.train and data.heldout")
         shutil.rmtree(run.preparing, ignore_errors=True)  # of a prepare that was killed
         try:

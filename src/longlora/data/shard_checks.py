@@ -100,6 +100,8 @@ def foreign_manifest(folder: Path, error: Exception) -> DataError:
 def _check_offsets(folder: Path, offsets: NDArray[np.int64], documents: int, tokens: int) -> None:
     if len(offsets) != documents + 1:
         raise damaged(folder, f"{documents} documents need {documents + 1} offsets, there are {len(offsets)}")
+    if documents == 0:
+        raise damaged(folder, "it holds no document")
     if offsets[0] != 0 or np.any(offsets[1:] <= offsets[:-1]):
         raise damaged(folder, "its offsets do not increase from 0")
     last = int(offsets[-1])

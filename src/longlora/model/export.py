@@ -125,7 +125,7 @@ def _require_own_place(run: RunFolder, output: Path) -> None:
 
 
 def _require_room(run: RunFolder, folder: Path, converter: Converter | None) -> None:
-    """The weights, and those of a GGUF file, which are at least half of theirs; a merge made now asks for itself."""
+    """The weights, and those of a GGUF file, at least a quarter of them; a merge made now asks for itself."""
     weights = sum(path.stat().st_size for path in run.merged.glob("*.safetensors"))
     gguf = 0 if converter is None else weights // (4 if converter.kind == "q8_0" else 2)
     require_free_space(folder.parent, weights + gguf, "the exported model")

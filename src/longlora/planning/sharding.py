@@ -10,7 +10,7 @@ Read in the sources of torch 2.13 (FSDP2) and DeepSpeed 0.19.8:
   `max_live_parameters` stay; both are 10^9 unless they are set. Weights that are stored in float32 are their own
   masters.
 - ZeRO-2 keeps all weights; a float32 master copy of those that a device updates; its part of the gradients; and
-  buckets in which gradients are summed.
+  buckets in which gradients are summed. The gradient of embeddings is whole until it is (ZeRO-3 as well).
 - Weights that bitsandbytes keeps as integers are left out of what FSDP2 divides (accelerate).
 
 UNVERIFIED ON HARDWARE: processes on a CPU were measured (`benchmarks/bench_plan.py`), GPUs were not.
@@ -51,12 +51,12 @@ def divide(held: Bytes, phase: Phase, recipe: Recipe, model: Outline, mesh: Mesh
         return 0.0
     held["gradients"] /= mesh.state_shares
     if mesh.shard == "zero2":
-        return 0.0
+        return _whole_gradients(phase, model)
     whole = NF4_BYTES * model.quantizable if recipe.model.quantization != "none" else 0.0
     held["frozen"] = whole + (held["frozen"] - whole) / mesh.weight_shares
     held["copied"] /= mesh.weight_shares
     held["trained"] /= mesh.weight_shares
-    return _gathered_weights(phase, recipe, model, mesh) + _whole_gradients(phase, model, mesh)
+    return _gathered_weights(phase, recipe, model, mesh) + _whole_gradients(phase, model)
 
 
 def master_bytes(model: Outline, mesh: Mesh) -> int:
@@ -100,8 +100,8 @@ def _gathered_weights(phase: Phase, recipe: Recipe, model: Outline, mesh: Mesh) 
     return gathered
 
 
-def _whole_gradients(phase: Phase, model: Outline, mesh: Mesh) -> float:
-    if phase != "backward" or mesh.shard != "fsdp2":
+def _whole_gradients(phase: Phase, model: Outline) -> float:
+    if phase != "backward":
         return 0.0
     return float(_FLOAT * (model.outside.trained + 2 * model.block.trained))
 

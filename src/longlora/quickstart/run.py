@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from longlora.artifacts import RunFolder, write_atomic
-from longlora.config import ModelConfig, Recipe, build_recipe, dump_recipe
+from longlora.artifacts import RunFolder
+from longlora.config import ModelConfig, Recipe, build_recipe
 from longlora.data.prepare import prepare_shards
 from longlora.errors import DataError
 from longlora.evaluation.run import evaluate
@@ -73,7 +73,6 @@ def run_quickstart(recipe: Recipe, console: Console) -> RunFolder:
     run.require_unused()
     tokenizer = load_tokenizer(recipe.model)
     prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), console)
-    write_atomic(run.recipe, dump_recipe(recipe))
     train(recipe, console)
     gc.collect()
     check = merge_adapter(run.adapter, run.merged)

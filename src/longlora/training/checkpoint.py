@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longlora.artifacts import MANIFEST, read_json, verify_manifest, write_manifest
 from longlora.errors import RunFolderError
+from longlora.storage import sync
 
 _PREFIX = "checkpoint-"
 
@@ -46,6 +47,7 @@ def complete_checkpoint(folder: Path, *, keep: int, batches: Batches | None = No
     """
     facts = {} if batches is None else {"batches": asdict(batches)}
     write_manifest(folder, schema=1, step=checkpoint_step(folder), **facts)
+    sync([folder.parent])  # before older ones are removed
     others = [path for path in _newest_first(folder.parent) if path != folder]
     whole = [path for path in others if (path / MANIFEST).exists()]
     for old in others:

@@ -22,6 +22,8 @@ from longlora.training.distributed import Ranks
 _TOGETHER = 2.0
 # Lets a process that has an error of its own speak before those that lost contact to it.
 _FIRST_WORD = 5.0
+# The first process may keep the store, which the others still read.
+_LAST_LOOK = 0.5
 
 
 def report(ranks: Ranks, error: BaseException, message: str) -> None:
@@ -37,9 +39,10 @@ def report(ranks: Ranks, error: BaseException, message: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     store = _store()
     if isinstance(error, InterruptedRunError):  # agreed upon
-        _say("", message) if ranks.is_main else None
+        if ranks.is_main:
+            _say("", message)
     elif is_lost_contact(error):
-        _lost(store, ranks)
+        _lost(store, ranks, error)
     elif store is None:
         _say(f"rank {ranks.rank}: ", message)
     else:
@@ -73,11 +76,18 @@ def _failed(store: Any, ranks: Ranks, message: str) -> None:
     else:
         _say(f"rank {ranks.rank}: ", message)
     _put(store, "said", "yes")
+    if ranks.is_main:
+        time.sleep(_LAST_LOOK)
 
 
-def _lost(store: Any, ranks: Ranks) -> None:
+def _lost(store: Any, ranks: Ranks, error: BaseException) -> None:
     """One line for all processes that were left behind, after that of the process that failed."""
     _put(store, f"lost/{ranks.rank}", "yes")
+    resume = "`longlora resume` goes on from the last whole checkpoint, if there is one"
+    if store is not None and not _spoke(store, ranks.rank):  # what was just written is not there
+        ended = "lost contact with rank 0, which kept the store of all and ended (killed, or out of memory)"
+        _say(f"rank {ranks.rank}: ", f"{ended}; {resume}")
+        return
     deadline = time.monotonic() + _FIRST_WORD
     while time.monotonic() < deadline and store is not None and _get(store, "said") is None:
         if all(_get(store, f"lost/{rank}") for rank in range(ranks.world)):
@@ -90,10 +100,9 @@ def _lost(store: Any, ranks: Ranks) -> None:
         who = f"rank {', '.join(map(str, silent[:8]))}, which ended without a word (killed, or out of memory)"
     else:
         who = "the others"
-    _say(
-        f"rank {ranks.rank}: ",
-        f"lost contact with {who}; `longlora resume` goes on from the last whole checkpoint, if there is one",
-    )
+    # Where all fail alike, by a wrong address for example, what the library says is all there is.
+    words = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    _say(f"rank {ranks.rank}: ", f"lost contact with {who}; {resume} ({words})")
 
 
 def _spoke(store: Any, rank: int) -> bool:
@@ -115,8 +124,12 @@ def _store() -> Any:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             tcp = c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        else:
+        elif c10d.is_initialized():
             tcp = c10d._get_default_store()
+        else:  # before the processes joined: the first one keeps the store, as it would have
+            host, port, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+            wait = timedelta(seconds=5)
+            tcp = c10d.TCPStore(host, port, is_master=first, timeout=wait, wait_for_workers=False)
         return c10d.PrefixStore(f"longlora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
     return None
 

@@ -45,14 +45,15 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        if self._ranks.world > 1:
+        again, self._received = self._received is not None, signal.Signals(number)
+        several = self._ranks.world > 1
+        if several and again:
             return
-        self._restore()
+        if not several:
+            self._restore()
+        once_more = "" if several else "; once more stops at once"
         with contextlib.suppress(RuntimeError):  # it came while something else was being printed
-            self._console.print(
-                "stopping after this step, which is saved first; once more stops at once", highlight=False
-            )
+            self._console.print(f"stopping after this step, which is saved first{once_more}", highlight=False)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -70,7 +71,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         # Where another process is gone, the launcher's signal must not end this one before it has said so.
         if error is None or self._ranks.world == 1:
             self._restore()
-        if error is None and self._received is not None:
+        # After the last step too: none may leave while others go on.
+        if error is None and (number := int(largest(self._ranks, self._received or 0))):
+            self._received = signal.Signals(number)
             raise InterruptedRunError(
                 f"interrupted by {self._received.name}; step {self._step} is saved, `longlora resume` goes on from it",
                 128 + self._received,

@@ -59,6 +59,7 @@ def with_launcher_settings(
         raise RecipeError(
             f"accelerate launch asks for --dynamo_backend {dynamo}, which longlora does not use: leave it out"
         )
+    settings.pop("ACCELERATE_MIXED_PRECISION", None)  # as model.dtype says; DeepSpeed's own would cast what is trained
     if _on(settings, "ACCELERATE_USE_DEEPSPEED"):
         return _with_deepspeed(recipe, settings)
     if not _on(settings, "ACCELERATE_USE_FSDP"):

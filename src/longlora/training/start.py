@@ -28,7 +28,7 @@ from longlora.planning.plan import run_disk
 from longlora.planning.settle import Settled, adopt_levers, settle_memory
 from longlora.storage import require_free_space
 from longlora.training.attention_schedule import moved_full_phase
-from longlora.training.checkpoint import batches_of, checkpoint_step, newest_checkpoint
+from longlora.training.checkpoint import Batches, batches_of, checkpoint_step, newest_checkpoint
 from longlora.training.collectives import from_main, join, largest, require_same
 from longlora.training.distributed import Ranks, read_ranks
 from longlora.training.launchers import with_launcher_settings
@@ -134,9 +134,10 @@ def _require_shared(checkpoint: Path, ranks: Ranks) -> None:
 
 def _same_rows(recipe: Recipe, checkpoint: Path, ranks: Ranks, console: Console) -> int:
     """Micro batches of a process in a step, so that steps go on with the rows that come next, as many as before."""
-    before = batches_of(checkpoint)
-    if before is None or before.processes == ranks.data_world:
-        return recipe.train.grad_accum_steps if before is None else before.steps
+    train = recipe.train
+    before = batches_of(checkpoint) or Batches(train.micro_batch_size, train.grad_accum_steps, 1)
+    if before.processes == ranks.data_world:
+        return before.steps
     now = before.on(ranks.data_world)
     dropout = "; dropout draws other numbers" if recipe.adapter.lora_dropout else ""
     console.print(
@@ -152,10 +153,11 @@ def _settle(recipe: Recipe, config: PreTrainedConfig, ranks: Ranks, console: Con
 
     One process plans for all, with what the one with least memory has: they must not pick different levers.
     """
-    machine = this_machine()
-    # Those on a machine without GPUs share its memory.
-    own = machine.memory_bytes if machine.cuda else machine.memory_bytes // ranks.local_world
-    machine = replace(machine, memory_bytes=int(-largest(ranks, -own)))
+    machine = this_machine(ranks.world, ranks.local_world)
+    least = int(-largest(ranks, -machine.memory_bytes))
+    # A CPU has no other memory: its host_bytes is sys.maxsize, which a float would round up.
+    beside = int(-largest(ranks, -machine.host_bytes)) if machine.cuda else machine.host_bytes
+    machine = replace(machine, memory_bytes=least, host_bytes=beside)
     settled: Settled = from_main(ranks, lambda: settle_memory(recipe, config, machine))
     if settled.line:
         console.print(settled.line, highlight=False)

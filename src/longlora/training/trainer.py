@@ -75,6 +75,7 @@ def _trained(begun: Start) -> Path:
         begun.device,
         step=lambda: metrics.step,
         resumable=lambda: has_whole_checkpoint(run.checkpoints),
+        processes=begun.ranks.local_world,
     ):
         model, sidecar = _train(begun, metrics)
     weights = whole_weights(model, keep=begun.ranks.is_main) if is_sharded(model) else None
@@ -123,7 +124,13 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
         tokenizer.pad_token_id or 0, ranks.sequence_rank, ranks.sequence_world, least, weighted=weigh
     )
     validate = validation(
-        recipe, loss_model, tokenizer_sha256, weigh_documents=weigh, console=console, batches=Batches(ranks, collator)
+        recipe,
+        loss_model,
+        tokenizer_sha256,
+        weigh_documents=weigh,
+        console=console,
+        vocabulary=begun.config.get_text_config().vocab_size,
+        batches=Batches(ranks, collator),
     )
     stop = StopOnSignal(console, ranks)
     trainer = (ZeroTrainer if changes else LongContextTrainer)(

@@ -91,9 +91,10 @@ def validation(
     *,
     weigh_documents: bool,
     console: Console,
+    vocabulary: int | None = None,
     batches: Batches | None = None,
 ) -> Validation | None:
-    """The callback that `recipe` asks for, or None.
+    """The callback that `recipe` asks for, or None; `vocabulary` is how many ids the model has.
 
     Raises:
         DataError: there is no held-out data, or it is damaged.
@@ -107,7 +108,7 @@ def validation(
             f"train.validation_steps={every} measures held-out data, and there is none: name some in data.heldout and "
             "run `longlora prepare`, or set train.validation_steps=null"
         )
-    shard = open_shard(run.heldout_shard, tokenizer_sha256)
+    shard = open_shard(run.heldout_shard, tokenizer_sha256, vocabulary=vocabulary)
     rows = PackedDataset(shard, recipe.context.context_length, weigh_documents=weigh_documents)
     return Validation(model, rows, recipe.train.validation_rows, every, run.metrics, console, batches or Batches())
 

@@ -58,7 +58,7 @@ def write_report(runs: Sequence[RunFolder], out: RunFolder | os.PathLike[str] | 
     # A report is passed on: models and texts are named as they are, the user whose home they lie in is not.
     write_atomic(folder.report_html, without_home(html))
     write_atomic(folder.report_markdown, without_home(text))
-    write_json(folder.results_json, json.loads(without_home(json.dumps(results, allow_nan=False))))
+    write_json(folder.results_json, json.loads(without_home(json.dumps(results, allow_nan=False, ensure_ascii=False))))
     return summary
 
 
