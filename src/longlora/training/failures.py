@@ -118,19 +118,20 @@ def _say(who: str, message: str) -> None:
 def _store() -> Any:
     """The launcher's key-value store, or else that of the process group; None where there is neither."""
     with contextlib.suppress(Exception):  # whatever is wrong with it, what is to be said is said without it
+        from torch import distributed
         from torch.distributed import distributed_c10d
 
-        c10d: Any = distributed_c10d
+        dist: Any = distributed
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            tcp = c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        elif c10d.is_initialized():
-            tcp = c10d._get_default_store()
+            tcp = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        elif dist.is_initialized():
+            tcp = distributed_c10d._get_default_store()
         else:  # before the processes joined: the first one keeps the store, as it would have
             host, port, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
             wait = timedelta(seconds=5)
-            tcp = c10d.TCPStore(host, port, is_master=first, timeout=wait, wait_for_workers=False)
-        return c10d.PrefixStore(f"longlora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+            tcp = dist.TCPStore(host, port, is_master=first, timeout=wait, wait_for_workers=False)
+        return dist.PrefixStore(f"longlora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
     return None
 
 
