@@ -122,6 +122,38 @@ def plan(rows: list[Row]) -> str:
     return table(head, ([row["shape"], row["context"], row["settings"], *(row[c] for c in columns)] for row in rows))
 
 
+def several_processes() -> list[str]:
+    """The section on runs of several processes; empty without rows."""
+    parts = []
+    if planned := newest("plan_processes", "point"):
+        columns = ["processes", "sequence", "shard", "settings", "predicted_mb", "measured_most_mb", "memory_error"]
+        head = ["processes", "share a row", "sharded", "settings", "planned MB", "MB of the largest", "error"]
+        parts += [
+            f"`python benchmarks/bench_plan_processes.py`: peak memory of each process, {planned[0]['shape']} shape, "
+            f"{int(planned[0]['context']):,} tokens, {planned[0]['dtype']}, gloo. {origin(planned)}.",
+            table(head, ([row[column] for column in columns] for row in planned)),
+        ]
+    if steps := newest("sequence", "ranks"):
+        lines = (
+            [row["ranks"], row["tokens_per_rank"], row["seconds_p50"], row["processor_seconds_p50"]] for row in steps
+        )
+        parts += [
+            "`python benchmarks/bench_sequence.py`: a step of rows cut across processes, as many tokens on each; "
+            f"one thread a process, on two cores. {origin(steps)}.",
+            table(["processes", "tokens on each", "seconds (median)", "processor seconds of the busiest"], lines),
+        ]
+    if curve := newest("sequence_curve", "run", "context", "step"):
+        runs = list(dict.fromkeys(row["run"] for row in curve))
+        found = {(row["run"], row["step"]): row["loss"] for row in curve}
+        lines = ([step, *(found[run, step] for run in runs)] for step in dict.fromkeys(row["step"] for row in curve))
+        parts += [
+            "`python benchmarks/bench_sequence_curve.py`: loss of steps of SmolLM2-135M-Instruct, bfloat16, rows of "
+            f"{curve[0]['context']} tokens, by one process and cut across processes. {origin(curve)}.",
+            table(["step", *runs], lines),
+        ]
+    return ["## Several processes", *parts] if parts else []
+
+
 def eval_cost(rows: list[Row]) -> str:
     lines = []
     for row in rows:
@@ -303,6 +335,7 @@ def page() -> str:
             f"`python benchmarks/bench_plan.py`: random weights, groups of 1,024. {origin(planned)}.",
             plan(planned),
         ]
+    parts += several_processes()
     parts += evaluation()
     parts += instructions()
     return "\n\n".join(parts) + "\n"
