@@ -1,4 +1,4 @@
-"""Loss curves of the same run by one process and by sequence ranks that share each row, in bfloat16.
+"""Loss curves of the same run by one process and by sequence ranks that share each row.
 
 python benchmarks/bench_sequence_curve.py              appends to benchmarks/results/sequence_curve.csv
 SmolLM2-135M-Instruct on State of the Union messages, both out of pinned Python packages, groups of a quarter of a row,
@@ -37,7 +37,7 @@ def prepared(folder: Path, args: argparse.Namespace) -> Recipe:
     console = Console(stderr=True)
     overrides = [*SETTINGS, f"context.context_length={args.context}", f"train.steps={args.steps}"]
     overrides += [f"attention.group_size={args.context // 4}", f"model.original_context_length={args.context // 2}"]
-    overrides += ["data.min_document_tokens=0", "context.rope_factor=2"]
+    overrides += [f"model.dtype={args.dtype}", "data.min_document_tokens=0", "context.rope_factor=2"]
     recipe = quickstart_recipe(folder, None, overrides, console)
     tokenizer = load_tokenizer(recipe.model)
     prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), console)
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", help="float32 on a CPU without products in bfloat16")
     parser.add_argument("--seconds", type=float, default=7200, help="that each of the runs may take")
     args = parser.parse_args()
     runs = {"one process": (1, 2), "one process, one thread": (1, 1), f"{args.ranks} sequence ranks": (args.ranks, 1)}
@@ -82,7 +83,7 @@ def main() -> None:
             for number, (name, (processes, threads)) in enumerate(runs.items())
         }
     rows = [
-        {"run": name, "context": args.context, "step": step, "loss": f"{loss:.6f}"}
+        {"run": name, "context": args.context, "dtype": args.dtype, "step": step, "loss": f"{loss:.6f}"}
         for name, losses in curves.items()
         for step, loss in enumerate(losses, 1)
     ]
