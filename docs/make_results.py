@@ -148,7 +148,7 @@ def several_processes() -> list[str]:
         lines = ([step, *(found[run, step] for run in runs)] for step in dict.fromkeys(row["step"] for row in curve))
         parts += [
             f"`python benchmarks/bench_sequence_curve.py`: loss of steps of SmolLM2-135M-Instruct, "
-            f"{curve[0]['dtype']}, rows of {curve[0]['context']} tokens, by one process and cut across processes. {origin(curve)}.",
+            f"{curve[0]['dtype']}, rows of {curve[0]['context']} tokens, by one process and by two. {origin(curve)}.",
             table(["step", *runs], lines),
         ]
     return ["## Several processes", *parts] if parts else []
