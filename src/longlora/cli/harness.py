@@ -96,7 +96,7 @@ def _what_to_measure(
         if variant:
             raise RecipeError(f"--variant {variant[0]} belongs to a recipe: leave it out with --model")
         return Recipe(
-            run_dir="",
+            run_dir=".",
             model=ModelConfig(name_or_path=model),
             context=ContextConfig(context_length=1),
             eval=EvalConfig(variants=["base"]),
