@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -201,6 +202,17 @@ def sent_bytes(rank: int, world: int, group_size: int, sinks: int) -> list[list[
     return sizes
 
 
+def two_layers(x: Tensor, attention: Callable[..., Tensor], checkpointed: str) -> Tensor:
+    """Two layers of attention of q, k and v made from x, recomputed in the backward pass or not."""
+
+    def layer(x: Tensor) -> Tensor:
+        return torch.tanh(attention(x, 2 * x, x + 1).transpose(1, 2)) + x
+
+    for _ in range(2):
+        x = layer(x) if checkpointed == "no" else checkpoint(layer, x, use_reentrant=checkpointed == "reentrant")
+    return x
+
+
 def errors_of_layers(rank: int, world: int, checkpointed: str) -> dict[str, float]:
     """Two layers of attention after one another, recomputed in the backward pass, on every mesh row by itself.
 
@@ -212,14 +224,7 @@ def errors_of_layers(rank: int, world: int, checkpointed: str) -> dict[str, floa
     case = Case("", [[[0, 7, 30, 96], [0, 61, 90]][data]], 96, S2Pattern(10, 3), (4, 4))
     whole = [x + data for x in case.inputs()]
 
-    def layers(x: Tensor, attention: Callable[..., Tensor]) -> Tensor:
-        def layer(x: Tensor) -> Tensor:
-            return torch.tanh(attention(x, 2 * x, x + 1).transpose(1, 2)) + x
-
-        for _ in range(2):
-            x = layer(x) if checkpointed == "no" else checkpoint(layer, x, use_reentrant=checkpointed == "reentrant")
-        return x
-
+    layers = partial(two_layers, checkpointed=checkpointed)
     x = whole[0].detach().requires_grad_()
     truth = layers(x, lambda q, k, v: grouped_attention(q, k, v, case.bounds_B, case.pattern))
     (truth * case.weight().transpose(1, 2)).sum().backward()

@@ -5,16 +5,16 @@ B batch, T tokens of a whole row, H query heads, K key/value heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from halo_cases import Case, relative_error
+from halo_cases import Case, relative_error, two_layers
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from longlora.attention.backends import Plans
 from longlora.attention.grouped import grouped_attention
@@ -96,14 +96,7 @@ def errors_of_layers(rank: int, world: int, checkpointed: str) -> dict[str, floa
     case = Case("", [[[0, 7, 30, 96], [0, 61, 90]][data]], 96, FULL, (5, 5))
     whole = [x + data for x in case.inputs()]
 
-    def layers(x: Tensor, attention: Callable[..., Tensor]) -> Tensor:
-        def layer(x: Tensor) -> Tensor:
-            return torch.tanh(attention(x, 2 * x, x + 1).transpose(1, 2)) + x
-
-        for _ in range(2):
-            x = layer(x) if checkpointed == "no" else checkpoint(layer, x, use_reentrant=checkpointed == "reentrant")
-        return x
-
+    layers = partial(two_layers, checkpointed=checkpointed)
     x = whole[0].detach().requires_grad_()
     truth = layers(x, lambda q, k, v: grouped_attention(q, k, v, case.bounds_B, FULL))
     (truth * case.weight().transpose(1, 2)).sum().backward()

@@ -47,7 +47,7 @@ from longlora.training.result import write_result
 from longlora.training.sequence import check_sequence, sequence_group
 from longlora.training.sharding import is_sharded, shard_model, whole_weights
 from longlora.training.start import Start, start
-from longlora.training.validation import Batches, validation
+from longlora.training.validation import RowBatches, validation
 from longlora.training.zero import STAGES, join_zero, shard_zero, zero_config
 from longlora.training.zero_trainer import ZeroTrainer
 
@@ -130,7 +130,7 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
         weigh_documents=weigh,
         console=console,
         vocabulary=begun.config.get_text_config().vocab_size,
-        batches=Batches(ranks, collator),
+        batches=RowBatches(ranks, collator),
     )
     stop = StopOnSignal(console, ranks)
     trainer = (ZeroTrainer if changes else LongContextTrainer)(

@@ -44,7 +44,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]
         every: int,
         metrics: Path,
         console: Console,
-        batches: Batches,
+        batches: RowBatches,
     ) -> None:
         self._model, self._dataset, self._every, self._batches = model, dataset, every, batches
         self._rows = min(rows, len(dataset))
@@ -74,7 +74,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Batches:
+class RowBatches:
     """How this process makes batches of its rows; alone, it makes them as `collate` does."""
 
     ranks: Ranks = field(default_factory=Ranks)
@@ -92,7 +92,7 @@ def validation(
     weigh_documents: bool,
     console: Console,
     vocabulary: int | None = None,
-    batches: Batches | None = None,
+    batches: RowBatches | None = None,
 ) -> Validation | None:
     """The callback that `recipe` asks for, or None; `vocabulary` is how many ids the model has.
 
@@ -110,15 +110,15 @@ def validation(
         )
     shard = open_shard(run.heldout_shard, tokenizer_sha256, vocabulary=vocabulary)
     rows = PackedDataset(shard, recipe.context.context_length, weigh_documents=weigh_documents)
-    return Validation(model, rows, recipe.train.validation_rows, every, run.metrics, console, batches or Batches())
+    return Validation(model, rows, recipe.train.validation_rows, every, run.metrics, console, batches or RowBatches())
 
 
-def validation_loss(model: LossModel, dataset: PackedDataset, rows: int, batches: Batches | None = None) -> float:
+def validation_loss(model: LossModel, dataset: PackedDataset, rows: int, batches: RowBatches | None = None) -> float:
     """Mean loss, weighted as in training, over the first `rows` rows with full attention; `model` stays as it was.
 
     The same on all processes.
     """
-    batches = batches or Batches()
+    batches = batches or RowBatches()
     ranks, device = batches.ranks, model.model.device
     was_training = model.training
     model.eval()

@@ -153,7 +153,7 @@ def whole_parameter(parameter: Tensor, *, keep: bool) -> Tensor:
         return parameter.detach().to("cpu", copy=True).contiguous() if keep else torch.empty(0)
 
 
-def whole_states(engine: Any, parameters: Iterable[nn.Parameter], *, keep: bool) -> dict[int, dict[str, Tensor]]:
+def zero_states(engine: Any, parameters: Iterable[nn.Parameter], *, keep: bool) -> dict[int, dict[str, Tensor]]:
     """AdamW's states as one process would have them, by the number of the parameter, on the CPU; all must call.
 
     Args:
@@ -173,7 +173,7 @@ def whole_states(engine: Any, parameters: Iterable[nn.Parameter], *, keep: bool)
 
 
 def put_states(engine: Any, parameters: Iterable[nn.Parameter], states: dict[int, dict[str, Tensor]]) -> None:
-    """Give each process its part of `whole_states`, whatever the number of processes was."""
+    """Give each process its part of `zero_states`, whatever the number of processes was."""
     utils, zero = _deepspeed().utils, engine.optimizer
     stage3 = zero_stage(engine) == 3
     # They would be made in the first step; of AdamW there is nothing else to know.

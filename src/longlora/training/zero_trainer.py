@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from longlora.training.loop import LongContextTrainer
-from longlora.training.zero import put_states, whole_states
+from longlora.training.zero import put_states, zero_states
 
 
 class ZeroTrainer(LongContextTrainer):
@@ -59,7 +59,7 @@ class ZeroTrainer(LongContextTrainer):
         self._save(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states = whole_states(self.model_wrapped, self._parameters(), keep=self.ranks.is_main)
+        states = zero_states(self.model_wrapped, self._parameters(), keep=self.ranks.is_main)
         if not self.ranks.is_main:
             return
         # Those of torch's optimizer: DeepSpeed has dropped one without parameters. All have the same rate.
