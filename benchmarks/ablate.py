@@ -1,0 +1,153 @@
+"""Which parts of the method help, on SmolLM2-135M-Instruct: a run of training and measuring for each variant and seed.
+
+python benchmarks/ablate.py attention --seeds 3     appends to benchmarks/results/ablations.csv
+python benchmarks/ablate.py trained rope rate
+Weights and texts come out of pinned Python packages, as in `longlora quickstart`; two documents and all others of their
+authors are held out. A run whose row is there already is not repeated, so a script that was stopped goes on where it
+was. Seeds come last: the first of every variant, then the second of those that matter. Every run is `longlora train`
+and `longlora eval` in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation_variants import COMMON, EXPERIMENTS, LENGTHS, Variant
+from rich.console import Console
+from rows import RESULTS, append_rows
+
+from longlora.artifacts import RunFolder, read_json, write_atomic
+from longlora.config import Recipe, dump_recipe
+from longlora.data.prepare import prepare_shards
+from longlora.model.build import load_tokenizer, tokenizer_hash
+from longlora.quickstart.run import quickstart_recipe
+
+NAME = "ablations"
+Work = tuple[str, Variant, int]
+
+
+def planned(experiments: list[str], seeds: int, only: str | None) -> Iterator[Work]:
+    """What to run, the first seed of every variant before the second of any."""
+    for seed in range(seeds):
+        for experiment in experiments:
+            for variant in EXPERIMENTS[experiment]:
+                if (seed == 0 or variant.matters) and (only is None or only in variant.name):
+                    yield experiment, variant, seed
+
+
+def done() -> set[str]:
+    """Identities of the runs whose rows are there."""
+    path = RESULTS / f"{NAME}.csv"
+    if not path.exists():
+        return set()
+    with path.open(encoding="utf-8") as handle:
+        return {row["settings"] for row in csv.DictReader(handle)}
+
+
+class Shards:
+    """Token shards that all runs share."""
+
+    def __init__(self, folder: Path) -> None:
+        self._console = Console(stderr=True)
+        self._run = RunFolder(folder)
+        recipe = self._recipe(folder, list(COMMON))
+        tokenizer = load_tokenizer(recipe.model)
+        prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), self._console)
+
+    def _recipe(self, folder: Path, settings: list[str]) -> Recipe:
+        return quickstart_recipe(folder, None, settings, Console(quiet=True))
+
+    def run_folder(self, folder: Path, variant: Variant, seed: int) -> tuple[RunFolder, Recipe]:
+        """A run folder with these shards and the recipe of `variant`."""
+        run = RunFolder(folder)
+        run.train_shard.parent.mkdir(parents=True)
+        for shard, link in ((self._run.train_shard, run.train_shard), (self._run.heldout_shard, run.heldout_shard)):
+            link.symlink_to(shard)
+        recipe = self._recipe(folder, variant.settings(seed))
+        write_atomic(run.recipe, dump_recipe(recipe))
+        return run, recipe
+
+
+def longlora(verb: str, run: RunFolder, seconds: float) -> None:
+    subprocess.run([sys.executable, "-m", "longlora", verb, str(run.root)], check=True, timeout=seconds)
+
+
+def measured(run: RunFolder, recipe: Recipe, seconds: float) -> dict[str, Any]:
+    """Train, unless the recipe measures an untrained model, and measure."""
+    (name,) = recipe.eval.variants
+    training: dict[str, Any] = {"steps": 0, "tokens": 0, "train_loss": "", "seconds_per_step": ""}
+    if name == "trained":
+        longlora("train", run, seconds)
+        rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row.get("loss") is not None and row["step"] > 0]
+        times = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(rows)]
+        training = {
+            "steps": rows[-1]["step"],
+            "tokens": rows[-1]["tokens"],
+            "train_loss": f"{statistics.mean(row['loss'] for row in rows[-4:]):.4f}",
+            "seconds_per_step": f"{statistics.median(times):.2f}",
+        }
+    longlora("eval", run, seconds)
+    return training | scores(read_json(run.evaluation(name), "measure again"))
+
+
+def scores(evaluation: dict[str, Any]) -> dict[str, str]:
+    """By length: loss, loss of the last 1,024 tokens, log-probability of hidden numbers, and how many were answered."""
+    found: dict[str, str] = {}
+    for length in LENGTHS:
+        read = [row for row in evaluation["perplexity"] if row["context_length"] == length]
+        asked = [row for row in evaluation["retrieval"] if row["length"] == length]
+        found |= {
+            f"loss_{length}": f"{statistics.mean(row['loss'] for row in read):.4f}",
+            f"tail_loss_{length}": f"{statistics.mean(row['tail_loss'] for row in read):.4f}",
+            f"passkey_{length}": f"{statistics.mean(row['log_probability'] for row in asked):.3f}",
+            f"correct_{length}": f"{statistics.mean(float(row['correct']) for row in asked):.3f}",
+        }
+    return found | {"documents": str(len(read)), "keys": str(len(asked))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", help="variants whose names hold this")
+    parser.add_argument("--seconds", type=float, default=7200, help="that each stage of a run may take")
+    parser.add_argument("--list", action="store_true", help="say what is missing, and run nothing")
+    args = parser.parse_args()
+    finished = done()
+    missing = [
+        (experiment, variant, seed)
+        for experiment, variant, seed in planned(args.experiments, args.seeds, args.only)
+        if variant.identity(seed) not in finished
+    ]
+    for experiment, variant, seed in missing if args.list else []:
+        print(f"{experiment}: {variant.name}, seed {seed}")
+    if args.list or not missing:
+        print(f"{len(missing)} runs are missing")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        shards = Shards(Path(temporary) / "shards")
+        for number, (experiment, variant, seed) in enumerate(missing, 1):
+            print(f"{number} of {len(missing)}: {experiment}, {variant.name}, seed {seed}", flush=True)
+            run, recipe = shards.run_folder(Path(temporary) / f"run-{number}", variant, seed)
+            if variant.identity(seed) in done():  # under another name, in another experiment
+                continue
+            row = {"settings": variant.identity(seed), "variant": variant.name, "seed": seed}
+            row |= measured(run, recipe, args.seconds)
+            append_rows(NAME, [row], torch.device("cpu"))
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

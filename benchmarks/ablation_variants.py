@@ -1,0 +1,121 @@
+"""What `ablate.py` compares: for each experiment its variants, as overrides of one recipe.
+
+A variant that measures
+``rope_only`` is not trained. Rows of 4,096 tokens stand for the long context, because a CPU has to train dozens of them; RoPE is rescaled as it is
+for SmolLM2's 8,192 tokens times the factor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+CONTEXT = 4096
+LENGTHS = (CONTEXT, 2 * CONTEXT, 4 * CONTEXT)
+"""Tokens of a held-out document within which loss and retrieval are measured, always with full attention."""
+
+# Position interpolation, as in the paper: it costs more loss before training than yarn, so that there is much to win.
+COMMON = (
+    f"context.context_length={CONTEXT}", f"model.original_context_length={CONTEXT // 2}", "context.rope_type=linear",
+    "context.rope_factor=2", "attention.group_size=1024", "attention.sink_tokens=4",
+    f"data.min_document_tokens={CONTEXT}", "train.steps=16", "train.learning_rate=3e-4", "train.grad_accum_steps=1",
+    "train.warmup_steps=0", "train.save_steps=1000000", "train.validation_steps=null", "memory=unchecked",
+    "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]", f"eval.perplexity.context_lengths={list(LENGTHS)}",
+    "eval.perplexity.max_documents=2", f"eval.passkey.lengths={list(LENGTHS)}",
+    "eval.passkey.depths=[0.02,0.14,0.26,0.38,0.5,0.62,0.74,0.86]", f"eval.prefill_chunk_tokens={LENGTHS[-1]}",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    matters: bool = True
+    """Whether it is repeated with more seeds."""
+
+    def settings(self, seed: int) -> list[str]:
+        """All overrides of a run; of a key that is given twice the last value counts."""
+        given = (override.partition("=") for override in (*COMMON, *self.overrides, f"train.seed={seed}"))
+        return sorted(f"{key}={value}" for key, value in {key: value for key, _, value in given}.items())
+
+    def identity(self, seed: int) -> str:
+        """What tells runs apart, whatever they are called: a variant whose settings change is measured again."""
+        return hashlib.sha256("\n".join(self.settings(seed)).encode()).hexdigest()[:12]
+
+
+def _s2(name: str, *, group: int = 1024, sinks: int = 0, matters: bool = False, more: tuple[str, ...] = ()) -> Variant:
+    return Variant(name, (f"attention.group_size={group}", f"attention.sink_tokens={sinks}", *more), matters)
+
+
+_UNTRAINED = Variant("RoPE only, untrained", ("eval.variants=[rope_only]",), matters=False)
+_EVERY_4TH = f"attention.full_attention_layers={list(range(3, 30, 4))}"
+_NO_SHIFT = "attention.shift=none"
+
+
+def _last(part: float) -> str:
+    return f"attention.full_attention_final_fraction={part}"
+
+
+_ATTENTION = (
+    _UNTRAINED,
+    Variant("full attention", ("attention.pattern=full",)),
+    _s2("S2, T/4, no sinks (paper)", matters=True),
+    _s2("S2, T/4, 4 sinks", sinks=4, matters=True),
+    _s2("no shift, T/4, 4 sinks", sinks=4, matters=True, more=(_NO_SHIFT,)),
+    _s2("S2, T/4, 4 sinks, last 20% full", sinks=4, matters=True, more=(_last(0.2),)),
+    _s2("S2, T/4, no sinks, last 20% full", matters=True, more=(_last(0.2),)),
+    _s2("S2, T/4, 1 sink", sinks=1, matters=True),
+    _s2("S2, T/4, 16 sinks", sinks=16),
+    _s2("no shift, T/4, no sinks", more=(_NO_SHIFT,)),
+    _s2("S2, T/4, 4 sinks, every 4th layer full", sinks=4, more=(_EVERY_4TH,)),
+    _s2("S2, T/4, no sinks, every 4th layer full", more=(_EVERY_4TH,)),
+    _s2("S2, T/2, 4 sinks", group=2048, sinks=4),
+    _s2("S2, T/8, 4 sinks", group=512, sinks=4),
+    _s2("S2, T/2, no sinks", group=2048),
+    _s2("S2, T/8, no sinks", group=512),
+    _s2("S2, T/4, 4 sinks, last 10% full", sinks=4, more=(_last(0.1),)),
+    _s2("S2, T/4, 4 sinks, all heads of every other layer shifted", sinks=4, more=("attention.shift=layers",)),
+)
+
+_LORA_ALONE = ("adapter.train_embeddings=false", "adapter.train_norms=false")
+_FULL = ("adapter.method=full",)
+
+_TRAINED = (
+    _UNTRAINED,
+    Variant("LoRA r=8", ("adapter.r=8", *_LORA_ALONE)),
+    Variant("LoRA r=8 + norms", ("adapter.r=8", "adapter.train_embeddings=false")),
+    Variant("LoRA r=8 + embeddings", ("adapter.r=8", "adapter.train_norms=false")),
+    Variant("LoRA r=8 + both", ("adapter.r=8",)),
+    Variant("LoRA r=64", ("adapter.r=64", *_LORA_ALONE)),
+    Variant("LoRA r=64 + both", ("adapter.r=64",), matters=False),
+    Variant("LoRA r=8, all linear layers", ("adapter.r=8", "adapter.target_modules=all-linear", *_LORA_ALONE), False),
+    Variant("LoRA r=8, all linear layers + both", ("adapter.r=8", "adapter.target_modules=all-linear"), False),
+    Variant("full fine-tuning, rate 3e-5", (*_FULL, "train.learning_rate=3e-5"), matters=False),
+    Variant("full fine-tuning, rate 1e-4", (*_FULL, "train.learning_rate=1e-4")),
+    Variant("full fine-tuning, rate 3e-4", (*_FULL, "train.learning_rate=3e-4"), matters=False),
+)
+
+
+def _rope(kind: str, factor: int) -> tuple[Variant, Variant]:
+    original = CONTEXT // factor
+    how = (f"context.rope_type={kind}", f"context.rope_factor={factor}", f"model.original_context_length={original}")
+    name, untrained = f"{kind} x{factor}", ("eval.variants=[rope_only]", *how)
+    return Variant(f"{name}, untrained", untrained, matters=False), Variant(name, how, matters=False)
+
+
+_RATES = tuple(
+    Variant(f"{name}, rate {rate}", (*how, f"train.learning_rate={rate}"), matters=False)
+    for rate in ("1e-4", "1e-3")
+    for name, how in (("full attention", ("attention.pattern=full",)), ("S2, T/4, 4 sinks", ()))
+)
+
+EXPERIMENTS: dict[str, tuple[Variant, ...]] = {
+    "attention": _ATTENTION,
+    "trained": _TRAINED,
+    "rope": tuple(
+        variant for factor in (2, 4) for kind in ("linear", "yarn", "theta") for variant in _rope(kind, factor)
+    ),
+    "rate": _RATES,
+}
