@@ -1,8 +1,7 @@
 """What `ablate.py` compares: for each experiment its variants, as overrides of one recipe.
 
-A variant that measures
-``rope_only`` is not trained. Rows of 4,096 tokens stand for the long context, because a CPU has to train dozens of them; RoPE is rescaled as it is
-for SmolLM2's 8,192 tokens times the factor.
+A variant that measures ``rope_only`` is not trained. Rows of 4,096 tokens stand for the long context, because a CPU has
+to train dozens of them; RoPE is rescaled as it is for SmolLM2's 8,192 tokens times the factor.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ COMMON = (
     "train.warmup_steps=0", "train.save_steps=1000000", "train.validation_steps=null", "memory=unchecked",
     "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]", f"eval.perplexity.context_lengths={list(LENGTHS)}",
     "eval.perplexity.max_documents=2", f"eval.passkey.lengths={list(LENGTHS)}",
-    "eval.passkey.depths=[0.02,0.14,0.26,0.38,0.5,0.62,0.74,0.86]", f"eval.prefill_chunk_tokens={LENGTHS[-1]}",
+    "eval.passkey.depths=[0.05,0.3,0.55,0.8]", f"eval.prefill_chunk_tokens={LENGTHS[-1]}",
 )  # fmt: skip
 
 
