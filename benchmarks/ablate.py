@@ -103,18 +103,25 @@ def measured(run: RunFolder, recipe: Recipe, seconds: float) -> dict[str, Any]:
 
 
 def scores(evaluation: dict[str, Any]) -> dict[str, str]:
-    """By length: loss, loss of the last 1,024 tokens, log-probability of hidden numbers, and how many were answered."""
+    """By length: loss, that of the last 1,024 tokens, log-probability of hidden numbers, and the part answered right.
+
+    Empty where a length was not measured.
+    """
     found: dict[str, str] = {}
     for length in LENGTHS:
         read = [row for row in evaluation["perplexity"] if row["context_length"] == length]
         asked = [row for row in evaluation["retrieval"] if row["length"] == length]
         found |= {
-            f"loss_{length}": f"{statistics.mean(row['loss'] for row in read):.4f}",
-            f"tail_loss_{length}": f"{statistics.mean(row['tail_loss'] for row in read):.4f}",
-            f"passkey_{length}": f"{statistics.mean(row['log_probability'] for row in asked):.3f}",
-            f"correct_{length}": f"{statistics.mean(float(row['correct']) for row in asked):.3f}",
+            f"loss_{length}": _mean([row["loss"] for row in read]),
+            f"tail_loss_{length}": _mean([row["tail_loss"] for row in read]),
+            f"passkey_{length}": _mean([row["log_probability"] for row in asked]),
+            f"correct_{length}": _mean([float(row["correct"]) for row in asked]),
         }
-    return found | {"documents": str(len(read)), "keys": str(len(asked))}
+    return found
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f}" if values else ""
 
 
 def main() -> None:
