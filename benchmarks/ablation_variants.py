@@ -21,7 +21,8 @@ COMMON = (
     f"data.min_document_tokens={CONTEXT}", "train.steps=16", "train.learning_rate=3e-4", "train.grad_accum_steps=1",
     "train.warmup_steps=0", "train.save_steps=1000000", "train.validation_steps=null", "memory=unchecked",
     "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]",
-    "eval.perplexity.max_documents=2", "eval.passkey.depths=[0.05,0.3,0.55,0.8]", f"eval.prefill_chunk_tokens={LENGTHS[-1]}",
+    "eval.perplexity.max_documents=2", "eval.passkey.depths=[0.05,0.3,0.55,0.8]",
+    f"eval.prefill_chunk_tokens={LENGTHS[-1]}",
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ _TRAINED = (
     Variant("LoRA r=8", ("adapter.r=8", *_LORA_ALONE)),
     Variant("LoRA r=8 + norms", ("adapter.r=8", "adapter.train_embeddings=false")),
     Variant("LoRA r=8 + embeddings", ("adapter.r=8", "adapter.train_norms=false")),
-    Variant("LoRA r=8 + both", ("adapter.r=8",), far=True),
+    Variant("LoRA r=8 + both", far=True),
     Variant("LoRA r=64", ("adapter.r=64", *_LORA_ALONE)),
     Variant("LoRA r=64 + both", ("adapter.r=64",), matters=False),
     Variant("LoRA r=8, all linear layers", ("adapter.r=8", "adapter.target_modules=all-linear", *_LORA_ALONE), False),
@@ -106,7 +107,8 @@ def _rope(kind: str, factor: int) -> tuple[Variant, Variant]:
     original = CONTEXT // factor
     how = (f"context.rope_type={kind}", f"context.rope_factor={factor}", f"model.original_context_length={original}")
     name, untrained = f"{kind} x{factor}", ("eval.variants=[rope_only]", *how)
-    return Variant(f"{name}, untrained", untrained, matters=False), Variant(name, how, matters=False)
+    far = (kind, factor) == ("linear", 2)  # which the other experiments have as well
+    return Variant(f"{name}, untrained", untrained, False, far), Variant(name, how, False, far)
 
 
 _RATES = tuple(
