@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_variants import COMMON, EXPERIMENTS, LENGTHS, Variant
+from ablation_variants import EXPERIMENTS, Size, Variant
 from rich.console import Console
 from rows import RESULTS, append_rows
 
@@ -58,12 +58,11 @@ def done() -> set[str]:
 class Shards:
     """Token shards that all runs share."""
 
-    def __init__(self, folder: Path) -> None:
-        self._console = Console(stderr=True)
-        self._run = RunFolder(folder)
-        recipe = self._recipe(folder, list(COMMON))
+    def __init__(self, folder: Path, size: Size) -> None:
+        self._run, self._size = RunFolder(folder), size
+        recipe = self._recipe(folder, Variant("").settings(size, 0))
         tokenizer = load_tokenizer(recipe.model)
-        prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), self._console)
+        prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), Console(stderr=True))
 
     def _recipe(self, folder: Path, settings: list[str]) -> Recipe:
         return quickstart_recipe(folder, None, settings, Console(quiet=True))
@@ -74,7 +73,7 @@ class Shards:
         run.train_shard.parent.mkdir(parents=True)
         for shard, link in ((self._run.train_shard, run.train_shard), (self._run.heldout_shard, run.heldout_shard)):
             link.symlink_to(shard)
-        recipe = self._recipe(folder, variant.settings(seed))
+        recipe = self._recipe(folder, variant.settings(self._size, seed))
         write_atomic(run.recipe, dump_recipe(recipe))
         return run, recipe
 
@@ -99,23 +98,23 @@ def measured(run: RunFolder, recipe: Recipe, seconds: float) -> dict[str, Any]:
             "seconds_per_step": f"{statistics.median(times):.2f}",
         }
     longlora("eval", run, seconds)
-    return training | scores(read_json(run.evaluation(name), "measure again"))
+    return training | scores(read_json(run.evaluation(name), "measure again"), recipe.context.context_length)
 
 
-def scores(evaluation: dict[str, Any]) -> dict[str, str]:
-    """By length: loss, that of the last 1,024 tokens, log-probability of hidden numbers, and the part answered right.
-
-    Empty where a length was not measured.
+def scores(evaluation: dict[str, Any], context: int) -> dict[str, str]:
+    """Of documents of one, two and four rows: loss, loss of the last 1,024 tokens, log-probability of the numbers hidden
+    in them, and the part that was answered right. Empty where a length was not measured.
     """
     found: dict[str, str] = {}
-    for length in LENGTHS:
+    for times in (1, 2, 4):
+        length = times * context
         read = [row for row in evaluation["perplexity"] if row["context_length"] == length]
         asked = [row for row in evaluation["retrieval"] if row["length"] == length]
         found |= {
-            f"loss_{length}": _mean([row["loss"] for row in read]),
-            f"tail_loss_{length}": _mean([row["tail_loss"] for row in read]),
-            f"passkey_{length}": _mean([row["log_probability"] for row in asked]),
-            f"correct_{length}": _mean([float(row["correct"]) for row in asked]),
+            f"loss_{times}x": _mean([row["loss"] for row in read]),
+            f"tail_loss_{times}x": _mean([row["tail_loss"] for row in read]),
+            f"passkey_{times}x": _mean([row["log_probability"] for row in asked]),
+            f"correct_{times}x": _mean([float(row["correct"]) for row in asked]),
         }
     return found
 
@@ -127,16 +126,19 @@ def _mean(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", help="variants whose names hold this")
     parser.add_argument("--seconds", type=float, default=7200, help="that each stage of a run may take")
     parser.add_argument("--list", action="store_true", help="say what is missing, and run nothing")
     args = parser.parse_args()
+    size = Size(args.context, args.steps)
     finished = done()
     missing = [
         (experiment, variant, seed)
         for experiment, variant, seed in planned(args.experiments, args.seeds, args.only)
-        if variant.identity(seed) not in finished
+        if variant.identity(size, seed) not in finished
     ]
     for experiment, variant, seed in missing if args.list else []:
         print(f"{experiment}: {variant.name}, seed {seed}")
@@ -144,13 +146,18 @@ def main() -> None:
         print(f"{len(missing)} runs are missing")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        shards = Shards(Path(temporary) / "shards")
+        shards = Shards(Path(temporary) / "shards", size)
         for number, (experiment, variant, seed) in enumerate(missing, 1):
             print(f"{number} of {len(missing)}: {experiment}, {variant.name}, seed {seed}", flush=True)
             run, recipe = shards.run_folder(Path(temporary) / f"run-{number}", variant, seed)
-            if variant.identity(seed) in done():  # under another name, in another experiment
+            if variant.identity(size, seed) in done():  # under another name, in another experiment
                 continue
-            row = {"settings": variant.identity(seed), "variant": variant.name, "seed": seed}
+            row = {
+                "settings": variant.identity(size, seed),
+                "variant": variant.name,
+                "seed": seed,
+                "context": size.context,
+            }
             row |= measured(run, recipe, args.seconds)
             append_rows(NAME, [row], torch.device("cpu"))
             print(json.dumps(row), flush=True)

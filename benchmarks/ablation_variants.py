@@ -1,7 +1,7 @@
 """What `ablate.py` compares: for each experiment its variants, as overrides of one recipe.
 
-A variant that measures ``rope_only`` is not trained. Rows of 4,096 tokens stand for the long context, because a CPU has
-to train dozens of them; RoPE is rescaled as it is for SmolLM2's 8,192 tokens times the factor.
+A variant that measures ``rope_only`` is not trained. Rows of a few thousand tokens stand for the long context, because
+a CPU has to train dozens of runs; RoPE is rescaled as it is for SmolLM2's 8,192 tokens times the factor.
 """
 
 from __future__ import annotations
@@ -9,21 +9,28 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-CONTEXT = 4096
-LENGTHS = (CONTEXT, 2 * CONTEXT, 4 * CONTEXT)
-"""Tokens of a held-out document within which loss and retrieval are measured, always with full attention: the first two
-for all, the last for the first seed of some."""
-
 # Position interpolation, as in the paper: it costs more loss before training than yarn, so that there is much to win.
 COMMON = (
-    f"context.context_length={CONTEXT}", f"model.original_context_length={CONTEXT // 2}", "context.rope_type=linear",
-    "context.rope_factor=2", "attention.group_size=1024", "attention.sink_tokens=4",
-    f"data.min_document_tokens={CONTEXT}", "train.steps=16", "train.learning_rate=3e-4", "train.grad_accum_steps=1",
-    "train.warmup_steps=0", "train.save_steps=1000000", "train.validation_steps=null", "memory=unchecked",
-    "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]",
+    "context.rope_type=linear", "context.rope_factor=2", "attention.group_size=null", "attention.group_size_ratio=0.25",
+    "attention.sink_tokens=4", "train.learning_rate=3e-4", "train.grad_accum_steps=1", "train.warmup_steps=0",
+    "train.save_steps=1000000", "train.validation_steps=null", "train.activation_checkpointing=false",
+    "memory=unchecked", "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]",
     "eval.perplexity.max_documents=2", "eval.passkey.depths=[0.05,0.3,0.55,0.8]",
-    f"eval.prefill_chunk_tokens={LENGTHS[-1]}",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of every run of an experiment."""
+
+    context: int
+    """Tokens of a row."""
+    steps: int
+    """Of one row each."""
+
+    def lengths(self, *, far: bool) -> list[int]:
+        """Tokens of a held-out document within which loss and retrieval are measured, always with full attention."""
+        return [self.context * times for times in ((1, 2, 4) if far else (1, 2))]
 
 
 @dataclass(frozen=True)
@@ -35,22 +42,29 @@ class Variant:
     matters: bool = True
     """Whether it is repeated with more seeds."""
     far: bool = False
-    """Whether the first seed is measured at the last of `LENGTHS`."""
+    """Whether the first seed is measured at four times the row as well."""
 
-    def settings(self, seed: int) -> list[str]:
+    def settings(self, size: Size, seed: int) -> list[str]:
         """All overrides of a run; of a key that is given twice the last value counts."""
-        lengths = list(LENGTHS if self.far and seed == 0 else LENGTHS[:2])
-        measured = (f"eval.perplexity.context_lengths={lengths}", f"eval.passkey.lengths={lengths}")
-        given = (one.partition("=") for one in (*COMMON, *measured, *self.overrides, f"train.seed={seed}"))
-        return sorted(f"{key}={value}" for key, value in {key: value for key, _, value in given}.items())
+        lengths = size.lengths(far=self.far and seed == 0)
+        sized = (
+            f"context.context_length={size.context}", f"data.min_document_tokens={size.context}",
+            f"train.steps={size.steps}", f"train.seed={seed}", f"eval.perplexity.context_lengths={lengths}",
+            f"eval.passkey.lengths={lengths}", f"eval.prefill_chunk_tokens={lengths[-1]}",
+        )  # fmt: skip
+        found = {key: value for key, _, value in (one.partition("=") for one in (*COMMON, *sized, *self.overrides))}
+        found["model.original_context_length"] = str(size.context // int(found["context.rope_factor"]))
+        return sorted(f"{key}={value}" for key, value in found.items())
 
-    def identity(self, seed: int) -> str:
+    def identity(self, size: Size, seed: int) -> str:
         """What tells runs apart, whatever they are called: a variant whose settings change is measured again."""
-        return hashlib.sha256("\n".join(self.settings(seed)).encode()).hexdigest()[:12]
+        return hashlib.sha256("\n".join(self.settings(size, seed)).encode()).hexdigest()[:12]
 
 
-def _s2(name: str, *, group: int = 1024, sinks: int = 0, matters: bool = False, more: tuple[str, ...] = ()) -> Variant:
-    overrides = (f"attention.group_size={group}", f"attention.sink_tokens={sinks}", *more)
+def _s2(
+    name: str, *, ratio: float = 0.25, sinks: int = 0, matters: bool = False, more: tuple[str, ...] = ()
+) -> Variant:
+    overrides = (f"attention.group_size_ratio={ratio}", f"attention.sink_tokens={sinks}", *more)
     return Variant(name, overrides, matters, far=matters)
 
 
@@ -76,10 +90,10 @@ _ATTENTION = (
     _s2("no shift, T/4, no sinks", more=(_NO_SHIFT,)),
     _s2("S2, T/4, 4 sinks, every 4th layer full", sinks=4, more=(_EVERY_4TH,)),
     _s2("S2, T/4, no sinks, every 4th layer full", more=(_EVERY_4TH,)),
-    _s2("S2, T/2, 4 sinks", group=2048, sinks=4),
-    _s2("S2, T/8, 4 sinks", group=512, sinks=4),
-    _s2("S2, T/2, no sinks", group=2048),
-    _s2("S2, T/8, no sinks", group=512),
+    _s2("S2, T/2, 4 sinks", ratio=0.5, sinks=4),
+    _s2("S2, T/8, 4 sinks", ratio=0.125, sinks=4),
+    _s2("S2, T/2, no sinks", ratio=0.5),
+    _s2("S2, T/8, no sinks", ratio=0.125),
     _s2("S2, T/4, 4 sinks, last 10% full", sinks=4, more=(_last(0.1),)),
     _s2("S2, T/4, 4 sinks, all heads of every other layer shifted", sinks=4, more=("attention.shift=layers",)),
 )
@@ -104,8 +118,7 @@ _TRAINED = (
 
 
 def _rope(kind: str, factor: int) -> tuple[Variant, Variant]:
-    original = CONTEXT // factor
-    how = (f"context.rope_type={kind}", f"context.rope_factor={factor}", f"model.original_context_length={original}")
+    how = (f"context.rope_type={kind}", f"context.rope_factor={factor}")
     name, untrained = f"{kind} x{factor}", ("eval.variants=[rope_only]", *how)
     far = (kind, factor) == ("linear", 2)  # which the other experiments have as well
     return Variant(f"{name}, untrained", untrained, False, far), Variant(name, how, False, far)

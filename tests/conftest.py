@@ -6,6 +6,8 @@ import os
 
 # Before transformers is imported: no test asks a hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 from collections.abc import Callable, Iterator
