@@ -102,8 +102,8 @@ def measured(run: RunFolder, recipe: Recipe, seconds: float) -> dict[str, Any]:
 
 
 def scores(evaluation: dict[str, Any], context: int) -> dict[str, str]:
-    """Of documents of one, two and four rows: loss, loss of the last 1,024 tokens, log-probability of the numbers hidden
-    in them, and the part that was answered right. Empty where a length was not measured.
+    """Of documents of one, two and four rows: loss, loss of the last 1,024 tokens, log-probability of hidden numbers,
+    and the part of them that was answered right. Empty where a length was not measured.
     """
     found: dict[str, str] = {}
     for times in (1, 2, 4):

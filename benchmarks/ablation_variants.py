@@ -68,7 +68,8 @@ def _s2(
     return Variant(name, overrides, matters, far=matters)
 
 
-_UNTRAINED = Variant("RoPE only, untrained", ("eval.variants=[rope_only]",), matters=False, far=True)
+UNTRAINED = Variant("RoPE only, untrained", ("eval.variants=[rope_only]",), matters=False, far=True)
+FULL_ATTENTION = Variant("full attention", ("attention.pattern=full",), far=True)
 _EVERY_4TH = f"attention.full_attention_layers={list(range(3, 30, 4))}"
 _NO_SHIFT = "attention.shift=none"
 
@@ -78,8 +79,8 @@ def _last(part: float) -> str:
 
 
 _ATTENTION = (
-    _UNTRAINED,
-    Variant("full attention", ("attention.pattern=full",), far=True),
+    UNTRAINED,
+    FULL_ATTENTION,
     _s2("S2, T/4, no sinks (paper)", matters=True),
     _s2("S2, T/4, 4 sinks", sinks=4, matters=True),
     _s2("no shift, T/4, 4 sinks", sinks=4, matters=True, more=(_NO_SHIFT,)),
@@ -102,7 +103,7 @@ _LORA_ALONE = ("adapter.train_embeddings=false", "adapter.train_norms=false")
 _FULL = ("adapter.method=full",)
 
 _TRAINED = (
-    _UNTRAINED,
+    UNTRAINED,
     Variant("LoRA r=8", ("adapter.r=8", *_LORA_ALONE)),
     Variant("LoRA r=8 + norms", ("adapter.r=8", "adapter.train_embeddings=false")),
     Variant("LoRA r=8 + embeddings", ("adapter.r=8", "adapter.train_norms=false")),

@@ -37,7 +37,9 @@ def script(name: str) -> ModuleType:
     return module
 
 
+sys.path.insert(0, str(DOCS))  # where these scripts find one another
 make_figures, make_cli, make_results = script("make_figures"), script("make_cli"), script("make_results")
+results_model, results_rows = sys.modules["results_model"], sys.modules["results_rows"]
 make_scale = script("make_scale")
 
 
@@ -206,9 +208,9 @@ def test_differences_name_only_files_that_exist() -> None:
 
 
 def test_evaluation_section_says_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make_results, "ROWS", tmp_path)
-    monkeypatch.setattr(make_results, "EVALUATION", tmp_path / "nothing.json")
-    text = "\n".join(make_results.evaluation())
+    monkeypatch.setattr(results_rows, "ROWS", tmp_path)
+    monkeypatch.setattr(results_model, "EVALUATION", tmp_path / "nothing.json")
+    text = "\n".join(results_model.evaluation())
     assert "evaluation" in headings(text)
     assert text.count("Not measured: ") == 2
 
@@ -219,8 +221,8 @@ def test_evaluation_section_shows_a_report_and_where_it_is_from(
     cost = [{"task": "passkey", "seconds": 10.0, "tokens_read": 1000, "tokens_reused": 3000}]
     run = complete_run(tmp_path, cost=cost, retrieval=[*passkey("base"), *ruler({"vt": {100: [1.0, 0.5]}})])
     write_report([run], run)
-    monkeypatch.setattr(make_results, "EVALUATION", run.results_json)
-    text = "\n\n".join(make_results.evaluation())
+    monkeypatch.setattr(results_model, "EVALUATION", run.results_json)
+    text = "\n\n".join(results_model.evaluation())
     assert "| loss, first 200 tokens (nats/token) (2 documents, 348 tokens scored) | 5.428† | 3.528 | 3.328 |" in text
     assert "| passkey, 200 tokens: correct (2 keys) | 0/2† [0.00, 0.66] | 0/2 [0.00, 0.66] | 0/2 [0.00, 0.66] |" in text
     assert "| RULER, 100 tokens: average (0 to 100) (1 task, 2 prompts) | 75.0 [20, 97] |" in text
@@ -231,9 +233,10 @@ def test_evaluation_section_shows_a_report_and_where_it_is_from(
 
 def test_results_are_those_of_the_committed_rows() -> None:
     assert make_results.PAGE.read_text(encoding="utf-8") == make_results.page(), "run `python docs/make_results.py`"
-    rows = make_results.newest("train_step", "shape", "variant", "context")
-    drawn = make_results.PICTURE.read_text(encoding="utf-8")
-    assert all(f"{int(row['context']) // 1024}k" in drawn for row in rows)
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in make_results.pictures()}
+    steps = results_rows.newest("train_step", "shape", "variant", "context")
+    assert all(f"{int(row['context']) // 1024}k" in drawn["train_step.svg"] for row in steps)
+    assert len(drawn) >= 3
 
 
 # Planning all of them takes minutes.

@@ -1,0 +1,94 @@
+"""The section of results.md on what helps: rows of benchmarks/ablate.py, seed by seed beside full attention."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable
+
+from results_rows import ROOT, Row, newest, origin, table
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from ablation_variants import EXPERIMENTS, FULL_ATTENTION, UNTRAINED, Size, Variant
+
+_SEEDS = range(10)
+_TITLES = {
+    "attention": "Attention in training",
+    "trained": "What is trained",
+    "rope": "RoPE",
+    "rate": "Learning rate",
+}
+_HEAD = ["", "seeds", "loss 1x", "loss 2x", "loss 4x", "passkey 1x", "passkey 2x", "passkey 4x"]
+
+
+class Ablations:
+    """Rows of one size by variant and seed."""
+
+    def __init__(self, rows: list[Row], size: Size) -> None:
+        self._by_settings, self._size = {row["settings"]: row for row in rows}, size
+
+    def of(self, variant: Variant) -> dict[int, Row]:
+        """Seed -> row."""
+        found = {seed: self._by_settings.get(variant.identity(self._size, seed)) for seed in _SEEDS}
+        return {seed: row for seed, row in found.items() if row is not None}
+
+    def line(self, variant: Variant) -> list[str]:
+        """What a table says of a variant; [] if there is no row."""
+        rows = self.of(variant)
+        measures = (f"{name}_{times}x" for name in ("loss", "passkey") for times in (1, 2, 4))
+        return (
+            [variant.name, str(len(rows)), *(_spread(row[m] for row in rows.values()) for m in measures)]
+            if rows
+            else []
+        )
+
+    def kept(self, variant: Variant, measure: str) -> str:
+        """The part of full attention's gain over RoPE alone, paired by seed, in per cent."""
+        untrained, full = self.of(UNTRAINED), self.of(FULL_ATTENTION)
+        parts = [
+            (float(untrained[0][measure]) - float(row[measure]))
+            / (float(untrained[0][measure]) - float(full[seed][measure]))
+            for seed, row in self.of(variant).items()
+            if seed in full and 0 in untrained
+        ]
+        return _spread((str(100 * part) for part in parts), digits=0)
+
+
+def _spread(values: Iterable[str], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds; of what is there."""
+    numbers = [float(value) for value in values if value]
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def ablations() -> list[str]:
+    """The section; empty without rows."""
+    every = newest("ablations", "settings")
+    if not every:
+        return []
+    # The run whose rows are longest says most; what is smaller stays in the file.
+    context = max(int(row["context"]) for row in every)
+    rows = [row for row in every if int(row["context"]) == context]
+    size = Size(context, max(int(row["steps"]) for row in rows))
+    found = Ablations(rows, size)
+    command = f"attention trained rope rate --context {size.context} --steps {size.steps}"
+    parts = [
+        "## What helps",
+        f"`python benchmarks/ablate.py {command}`: SmolLM2-135M-Instruct, RoPE interpolated by 2, {size.steps} steps "
+        f"of one row of {size.context:,} tokens (State of the Union messages), constant rate. Loss (nats a token) and "
+        "passkey (log-probability of four numbers hidden in each document, nats) with full attention, on two held-out "
+        "documents, in their first 1, 2 and 4 rows; mean ± standard deviation where there are several seeds. "
+        f"{origin(rows)}.",
+    ]
+    for name, variants in EXPERIMENTS.items():
+        lines = [(variant, line) for variant in variants if (line := found.line(variant))]
+        if not lines:
+            continue
+        head, cells = list(_HEAD), [line for _, line in lines]
+        if name == "attention":
+            head += ["% of full attention's gain kept, 1x", "2x"]
+            cells = [[*line, found.kept(variant, "loss_1x"), found.kept(variant, "loss_2x")] for variant, line in lines]
+        parts += [f"### {_TITLES[name]}", table(head, cells)]
+    return parts
