@@ -96,8 +96,8 @@ def launch(
         launcher: ``torchrun``, ``accelerate``, or ``none`` for one process by itself.
         options: of the launcher.
         environment: variables on top of this process's.
-        trouble: ``WHAT:RANK:STEP`` for `launch_trouble.py`; what is ``killed``, ``signal``, ``error``, ``nan`` or
-            ``recipe``.
+        trouble: ``WHAT:RANK:STEP`` for `launch_trouble.py`; what is ``killed``, ``signal``, ``error``, ``nan``,
+            ``recipe``, ``data`` or ``no deepspeed``.
         meanwhile: is called once the launcher runs, for example to kill one of its processes.
 
     Raises:

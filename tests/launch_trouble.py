@@ -1,4 +1,4 @@
-"""``python -m longlora`` in which something happens to one process: ``TROUBLE=WHAT:RANK:STEP``."""
+"""``python -m longlora`` in which something happens to one process, or ``every`` one: ``TROUBLE=WHAT:RANK:STEP``."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def prepare(what: str, step: int) -> None:
 
 if __name__ == "__main__":
     what, rank, step = os.environ["TROUBLE"].split(":")
-    if os.environ["RANK"] == rank:
-        if what == "recipe":
+    if rank in (os.environ["RANK"], "every"):
+        if what == "no deepspeed":
+            sys.modules["deepspeed"] = None  # type: ignore[assignment]  # as if it were not installed
+        elif what == "recipe":
             sys.argv.append("train.learning_rate=0.5")
         elif what == "data":
             from longlora.training import trainer

@@ -94,6 +94,20 @@ def test_what_cannot_be_cut_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("change", [{"train__validation_steps": 2}, {"attention__full_attention_final_fraction": 0.5}])
+def test_full_attention_without_a_library_for_it_is_refused_before_the_first_step(
+    tmp_path: Path, tiny_model_folder: Path, change: dict[str, Any]
+) -> None:
+    """On every process, with one message."""
+    recipe = prepared_run(tmp_path, tiny_model_folder, parallel__sequence=2, **change)
+    done = launch(recipe, processes=2, trouble="no deepspeed:every:0", seconds=300)
+    assert done.returncode != 0
+    (line,) = done.ours
+    assert line.startswith("longlora: full attention on 2 sequence ranks takes DeepSpeed, and there is no deepspeed")
+    assert line.endswith("here: pip install longlora[deepspeed]")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def metrics(recipe: Recipe) -> list[dict[str, Any]]:
     lines = RunFolder(recipe.run_path).metrics.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -121,12 +121,14 @@ def test_zero3_from_the_start_with_memory_levers(folder: Path) -> None:
 
 @several
 def test_zero3_trains_a_whole_model(folder: Path, tiny_model_folder: Path) -> None:
+    """As accelerate launches it; the recipe itself says nothing of DeepSpeed."""
     one = prepared_run(folder, tiny_model_folder, "whole", adapter__method="full")
     train(one, QUIET)
-    changes = {"adapter__method": "full", "train__grad_accum_steps": 1, "parallel__shard": "zero3"}
-    recipe = prepared_run(folder, tiny_model_folder, "whole zero3", **changes)
-    launched = launch(recipe)
+    recipe = prepared_run(folder, tiny_model_folder, "whole zero3", adapter__method="full", train__grad_accum_steps=1)
+    launched = launch(recipe, launcher="accelerate", options=("--use_deepspeed", "--zero_stage", "3"))
     assert launched.returncode == 0, launched.stderr
+    assert "parallel.shard=zero3, as accelerate launch asks" in launched.stdout
+    assert "2 processes that share the model (zero3)" in launched.stdout
     assert launched.stdout.count("the whole model was written and verified") == 1
     assert losses(recipe) == pytest.approx(losses(one), rel=1e-5)
     assert_close(trained(recipe), trained(one), 1e-4)
