@@ -1,5 +1,5 @@
 # Every target works in the active virtual environment. The same commands run in CI (.ci/run) and pre-commit.
-.PHONY: install test test-slow lint fix figures quickstart
+.PHONY: install test test-slow lint audit fix figures quickstart
 
 install:
 	pip install -c constraints.txt -e '.[quickstart,dev]'
@@ -14,6 +14,9 @@ lint:
 	ruff format --check .
 	ruff check .
 	mypy
+
+audit:
+	python .ci/audit.py
 
 fix:
 	ruff format .

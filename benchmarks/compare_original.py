@@ -25,10 +25,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from original_code import UndefinedError, forward_of, is_neox, load_original, mask_for, old_layer
+from original_code import UndefinedError, forward_of, is_neox, load_original, mask_for, model_of, old_layer
 from rows import append_rows, interleaved, percentiles
 from torch import Tensor, nn
-from transformers import GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel
+from transformers import GPTNeoXModel, LlamaModel
 
 from longlora.attention.backends import attend
 from longlora.attention.pattern import S2Pattern
@@ -60,47 +60,32 @@ class Case:
 def cases(file: str) -> Iterator[Case]:
     """Whole rows, padded rows, then lengths and heads that one side does not take."""
     neox, sft = "neox" in file, "sft" in file
-    modes = [(False, "wraparound"), (False, "default"), (True, "wraparound" if neox else "default")]
-    base = 4096 if sft else 64  # the file for instruction tuning cuts other lengths into groups of 8,192
-    quarter = base // 4
-    padded = [(3 * quarter,), (base - 5,), (quarter // 2 + 1,), (3 * quarter, base), (base, 3 * quarter)]
+    same = [(False, "wraparound"), (True, "wraparound" if neox else "default")]
 
-    def case(heads: str, *lengths: int, tokens: int | None = None) -> Iterator[Case]:
+    def case(modes: list[tuple[bool, str]], heads: str, *lengths: int, tokens: int | None = None) -> Iterator[Case]:
         T = tokens or max(lengths)
-        for flash, mode in modes:
+        for flash, mode in modes:  # the file for instruction tuning has groups of 8,192 at most lengths
             yield Case(flash, mode, heads, T, lengths, 8192 if sft and flash and T % 4096 else T // 4)
 
     for T, heads, rows in itertools.product([64, 1024, 4096], ["MHA"] if neox else ["MHA", "GQA"], [1, 2]):
-        yield from case(heads, *[T] * rows)
+        yield from case([*same, (False, "default")], heads, *[T] * rows)
+    base = 4096 if sft else 64
+    quarter, short = base // 4, base // 8 + 1
+    # One row that ends in the second half of a group, in the first, before the end of the first group; then two rows.
+    padded: list[tuple[int, ...]] = [(base - 5,), (base - quarter + 3,), (short,)]
+    padded += [(3 * quarter, base), (base, 3 * quarter), (base - 3, base - 5), (short, base)]
     for lengths in padded:
-        yield from case("MHA", *lengths, tokens=base)
-    if sft:
-        for lengths in ((6000, 5000), (10240,), (10240, 10000), (20000,)):
-            yield from (each for each in case("MHA", *lengths) if each.flash)
-    yield from case("MHA", 60)  # an odd group
-    yield from case("MHA", 1026)
+        yield from case(same, "MHA", *lengths, tokens=base)
+    fixed_groups: list[tuple[int, ...]] = [(6000, 5000), (10240,), (10240, 10000), (20000,)]
+    for lengths in fixed_groups if sft else []:
+        yield from case(same[1:], "MHA", *lengths)
+    yield from case(same, "MHA", 60)  # an odd group
+    yield from case(same, "MHA", 1026)
     if not neox:
-        yield from case("odd", 64)
+        yield from case(same, "odd", 64)
 
 
-def model_of(neox: bool, heads: tuple[int, int, int]) -> LlamaModel | GPTNeoXModel:
-    """One layer with random weights that make scores of about 1, and the identity after its attention."""
-    H, K, D = heads
-    common: dict[str, Any] = {
-        "vocab_size": 64, "hidden_size": H * D, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": H,
-        "max_position_embeddings": 32768, "initializer_range": (H * D) ** -0.5,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    if neox:
-        model = GPTNeoXModel(GPTNeoXConfig(**common, attention_dropout=0.0, hidden_dropout=0.0)).train()
-        nn.init.eye_(model.layers[0].attention.dense.weight)
-        return model
-    model = LlamaModel(LlamaConfig(**common, num_key_value_heads=K)).train()
-    nn.init.eye_(model.layers[0].self_attn.o_proj.weight)
-    return model
-
-
-def ours(model: LlamaModel | GPTNeoXModel, case: Case, ids_BT: Tensor, real_BT: Tensor) -> tuple[Tensor, Tensor]:
+def run_ours(model: LlamaModel | GPTNeoXModel, case: Case, ids_BT: Tensor, real_BT: Tensor) -> tuple[Tensor, Tensor]:
     """What reaches the attention layer and what leaves it, both [B, T, C]."""
     wraparound = case.mode == "wraparound"
     use_s2(model, group_size=case.group, sink_tokens=0, wraparound=wraparound)
@@ -131,7 +116,7 @@ def compare(original: ModuleType, case: Case) -> dict[str, Any]:
         "gradient_abs": "", "gradient_rel": "", "original / ours": "", "where": "",
     }  # fmt: skip
     try:
-        hidden_BTC, our_BTC = ours(model, case, ids_BT, real_BT)
+        hidden_BTC, our_BTC = run_ours(model, case, ids_BT, real_BT)
     except LongLoraError as error:
         return row | {"outcome": "ours refuses", "where": str(error)}
     given_BTC = hidden_BTC.detach().requires_grad_()
@@ -144,10 +129,10 @@ def compare(original: ModuleType, case: Case) -> dict[str, Any]:
         return row | {"outcome": "undefined in flash-attn", "where": str(error)}
     except (RuntimeError, ValueError) as error:
         return row | {"outcome": "original fails", "where": str(error).splitlines()[0]}
-    pairs = {"output": (our_BTC.detach(), their_BTC.detach())}
-    pairs["gradient"] = tuple(
+    our_grad, their_grad = (
         torch.autograd.grad(out, given, grad_BTC)[0] for out, given in ((our_BTC, hidden_BTC), (their_BTC, given_BTC))
     )
+    pairs = {"output": (our_BTC.detach(), their_BTC.detach()), "gradient": (our_grad, their_grad)}
     same = True
     for name, (our, their) in pairs.items():
         apart = float(((our - their) * real_BT[..., None]).abs().max())
@@ -193,16 +178,23 @@ def times(original: ModuleType, T: int, dtype: torch.dtype, repeats: int) -> lis
     mask = torch.full((1, 1, T, T), torch.finfo(dtype).min, dtype=dtype).triu(1)
 
     def step(attention: Callable[[], Tensor]) -> Callable[[], None]:
-        return lambda: torch.autograd.grad(attention().reshape(1, T, -1), given, grad_BTC) and None
+        def call() -> None:
+            torch.autograd.grad(attention().reshape(1, T, -1), given, grad_BTC)
 
-    def heads() -> list[Tensor]:  # a copy, as the original's in-place roll needs one here
-        return [x.clone().view(1, T, H, D).transpose(1, 2) for x in given]
+        return call
+
+    def ours(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def call() -> Tensor:  # on copies, because the original's roll in place needs them here
+            q, k, v = (x.clone().view(1, T, H, D).transpose(1, 2) for x in given)
+            return attention(q, k, v)
+
+        return step(call)
 
     ways = {
         "original": step(lambda: original.forward_noflashattn(layer, q, mask, positions)[0]),
-        "wraparound": step(lambda: rolled_attention(*heads(), T // 4)),
-        "default": step(lambda: attend(*heads(), [[0, T]], S2Pattern(T // 4))),
-        "default, 4 sink tokens": step(lambda: attend(*heads(), [[0, T]], S2Pattern(T // 4, 4))),
+        "wraparound": ours(lambda q, k, v: rolled_attention(q, k, v, T // 4)),
+        "default": ours(lambda q, k, v: attend(q, k, v, [[0, T]], S2Pattern(T // 4))),
+        "default, 4 sink tokens": ours(lambda q, k, v: attend(q, k, v, [[0, T]], S2Pattern(T // 4, 4))),
     }
     with mock.patch.object(original, "apply_rotary_pos_emb", lambda q, k, *_: (q, k)):
         medians = {name: percentiles(each)[1] for name, each in interleaved(ways, repeats, torch.device("cpu")).items()}
@@ -222,7 +214,9 @@ def files_of(path: Path) -> list[Path]:
     """The original's attention files at `path`, a checkout or one of them."""
     found = [path] if path.is_file() else [path / name for name in FILES if (path / name).is_file()]
     if not found:
-        raise SystemExit(f"--original {path}: holds none of {', '.join(FILES)}; give a checkout of the original or one")
+        raise SystemExit(
+            f"--original {path}: is none of {', '.join(FILES)} and holds none; give a checkout of the original"
+        )
     return found
 
 
@@ -234,7 +228,10 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for path in files_of(args.original):
-        original = load_original(path)
+        try:
+            original = load_original(path)
+        except ImportError as error:
+            raise SystemExit(f"{path.name} imports {error.name}, which is not here: pip install {error.name}") from None
         for case in cases(path.name):
             rows.append(compare(original, case))
             print(*rows[-1].values(), sep="  ", flush=True)

@@ -2,8 +2,8 @@
 
 Nothing of the original is kept here; its files are read from the path that a user gives and executed unchanged.
 
-- flash-attn: its varlen function is one causal attention in float64 for each pair of bounds. Bounds for which the kernel
-  promises nothing (falling, past the end, longer than its limit) raise `UndefinedError` and are not guessed.
+- flash-attn: its varlen function is one causal attention in float64 for each pair of bounds. Bounds for which the
+  kernel promises nothing (falling, past the end, longer than its limit) raise `UndefinedError` and are not guessed.
 - transformers 4.34: a layer of the installed version under the names of that time, with RoPE's old arguments.
 
 B batch, T tokens, H query heads, K key/value heads, D head dim.
@@ -20,8 +20,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import GPTNeoXModel, LlamaModel
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel
 
 
 class UndefinedError(Exception):
@@ -49,14 +49,19 @@ def unpad_input(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
 
 def pad_input(x: Tensor, indices: Tensor, rows: int, tokens: int) -> Tensor:
     """Stand-in of flash-attn 2's: the tokens back in their places, zeros elsewhere."""
-    return x.new_zeros(rows * tokens, *x.shape[1:]).index_copy(0, indices, x).unflatten(0, (rows, tokens))
+    places = x.new_zeros(rows * tokens, *x.shape[1:])
+    return places.index_copy(0, indices, x).view(rows, tokens, *x.shape[1:])
 
 
 def rotate_as_before(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """RoPE with the arguments of transformers 4.34: tables [1, 1, T, D] and positions [B, T]."""
     cos, sin = (table[0, 0][position_ids][:, None] for table in (cos, sin))
-    q_turned, k_turned = (torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) for x in (q, k))
-    return q * cos + q_turned * sin, k * cos + k_turned * sin
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    return rotate(q), rotate(k)
 
 
 def load_original(path: Path) -> ModuleType:
@@ -84,14 +89,35 @@ def load_original(path: Path) -> ModuleType:
 
 
 def is_neox(original: ModuleType) -> bool:
+    """Whether this is the file for GPT-NeoX, by what it defines."""
     return hasattr(original, "get_forward_function")
 
 
 def forward_of(original: ModuleType, flash: bool) -> Callable[..., Any]:
     """The function that the original puts in place of a layer's ``forward`` for training."""
+    forward: Callable[..., Any]
     if is_neox(original):
-        return original.get_forward_function(use_flash_attn=flash)
-    return original.forward_flashattn if flash else original.forward_noflashattn
+        forward = original.get_forward_function(use_flash_attn=flash)
+    else:
+        forward = original.forward_flashattn if flash else original.forward_noflashattn
+    return forward
+
+
+def model_of(neox: bool, heads: tuple[int, int, int]) -> LlamaModel | GPTNeoXModel:
+    """One layer with random weights that make scores of about 1, and the identity after its attention."""
+    H, K, D = heads
+    common: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": H * D, "num_attention_heads": H, "num_hidden_layers": 1,
+        "intermediate_size": 8, "max_position_embeddings": 32768, "initializer_range": (H * D) ** -0.5,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if neox:
+        model = GPTNeoXModel(GPTNeoXConfig(**common, attention_dropout=0.0, hidden_dropout=0.0)).train()
+        nn.init.eye_(model.layers[0].attention.dense.weight)
+        return model
+    model = LlamaModel(LlamaConfig(**common, num_key_value_heads=K)).train()
+    nn.init.eye_(model.layers[0].self_attn.o_proj.weight)
+    return model
 
 
 def old_layer(model: LlamaModel | GPTNeoXModel, heads: tuple[int, int, int]) -> SimpleNamespace:
@@ -123,7 +149,7 @@ def _neox_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, head_mask: No
 
 
 def mask_for(original: ModuleType, flash: bool, real_BT: Tensor) -> Tensor:
-    """The mask that the original's model gives this layer: real tokens [B, T], or numbers added to scores, [B, 1, *, T]."""
+    """The mask that the original's model gives a layer: real tokens [B, T], or numbers to add to scores."""
     if flash and not is_neox(original):
         return real_BT
     T = real_BT.shape[1]

@@ -5,6 +5,7 @@ Every input follows from the seed and its number, so that a finding is repeated 
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import resource
@@ -130,7 +131,7 @@ def _changed(draw: random.Random, value: Any) -> Any:
             places.append((node, key))
             waiting.append(node[key])
     if not places or draw.random() < 0.02:
-        return draw.choice(_VALUES)
+        return copy.deepcopy(draw.choice(_VALUES))
     parent, key = draw.choice(places)
     kind = draw.randrange(6)
     if kind == 0:
@@ -141,7 +142,8 @@ def _changed(draw: random.Random, value: Any) -> Any:
         other, name = draw.choice(places)
         parent[key] = json.loads(json.dumps(other[name])) if isinstance(other, dict) and name in other else None
     else:
-        parent[key] = draw.choice(_VALUES)
+        # A copy: lists in it are changed by the next change, and would stay changed for the inputs that follow.
+        parent[key] = copy.deepcopy(draw.choice(_VALUES))
     return value
 
 

@@ -13,8 +13,8 @@ builders = pytest.importorskip("hatchling.builders.sdist", reason="hatchling bui
 ROOT = Path(__file__).parent.parent
 RECIPES = {path.name for path in (ROOT / "src" / "longlora" / "recipes").glob("*.yaml")}
 AT_THE_TOP = {
-    ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md",
-    "benchmarks", "constraints.txt", "docs", "examples", "pyproject.toml", "recipes", "src", "tests",
+    ".ci", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO",
+    "README.md", "benchmarks", "constraints.txt", "docs", "examples", "pyproject.toml", "recipes", "src", "tests",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ A run folder holds, in the order in which a run makes it::
     recipe.yaml                      the resolved recipe
     data/train/  data/heldout/       token shards (tokens.bin, offsets.bin, mask.bin of instructions, manifest.json)
     metrics.jsonl                    one row per logged step
-    checkpoints/checkpoint-N/        trainer state; complete once manifest.json is there
+    checkpoints/checkpoint-N/        trainer state; one that is being written lies in checkpoints/.saving/
     adapter/                         LoRA + embeddings + norms, and longlora.json (RoPE, S2-Attn, base model)
     merged/                          an ordinary Hugging Face model; after full fine-tuning training writes it itself,
                                      with longlora.json and manifest.json, and there is no adapter/
@@ -40,6 +40,7 @@ __all__ = [
     "SIDECAR",
     "TOKENS",
     "RunFolder",
+    "has_manifest_sizes",
     "lock_output",
     "new_folder",
     "read_json",
@@ -175,14 +176,30 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Write ``manifest.json`` last: names, sizes and sha256 of every file in `folder`, plus `facts`."""
+    """Write ``manifest.json`` last: names, sizes and sha256 of every file in `folder`, plus `facts`.
+
+    The files, and the folders inside that name them, are on the disk before it is.
+    """
+    found = sorted(folder.rglob("*"))
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
+        for path in found
         if path.is_file() and path.name != MANIFEST
     }
     sync(folder / name for name in files)
+    sync(path for path in found if path.is_dir())
     write_json(folder / MANIFEST, {**facts, "files": files})
+
+
+def has_manifest_sizes(folder: Path) -> bool:
+    """Whether `folder` has a manifest and all files it names, in their sizes; what is in them is not read."""
+    try:
+        files = read_json(folder / MANIFEST, "")["files"]
+        return bool(files) and all(
+            (folder / name).stat().st_size == expected["bytes"] for name, expected in files.items()
+        )
+    except (RunFolderError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def verify_manifest(folder: Path, remedy: str) -> dict[str, Any]:

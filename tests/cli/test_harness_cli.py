@@ -121,6 +121,7 @@ def test_a_length_beyond_the_model_is_said(command: CliRunner) -> None:
         (("recipe.yaml",), RecipeError, "no task is named"),
         (("recipe.yaml", *PIQA, "--output", "x.json"), RecipeError, "one file for 3 variants"),
         (("recipe.yaml", "--tasks", "piqa", "--data", "piqa.jsonl"), RecipeError, "not of the form NAME=VALUE"),
+        (("recipe.yaml", *PIQA, "--metadata", "max_seq_lengths=[8k"), RecipeError, "is no YAML value"),
         (("recipe.yaml", *PIQA, "--variant", "bass"), RecipeError, "bass"),
         (("recipe.yaml", "--tasks", "pica"), DataError, "did you mean piqa?"),
         (("recipe.yaml", "--tasks", "ruler_vt"), DataError, "eval.tasks"),

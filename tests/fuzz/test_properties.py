@@ -1,11 +1,15 @@
 """Rules that hold for any pattern and any conversation, not only for those that somebody thought of.
 
 Those of packing are in tests/data/test_packing.py, those of manifests in tests/test_artifacts.py, those of shards in
-tests/data/test_shards.py.
+tests/data/test_shards.py, those of stretches of a sequence on several processes in tests/data/test_stretches.py and
+tests/distributed/test_halo_plan.py.
 """
 
 from __future__ import annotations
 
+import time
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import word_tokenizer
@@ -13,6 +17,7 @@ from tiny import word_tokenizer
 from longlora.attention.pattern import S2Pattern, head_slices, may_attend, runs, shifted_heads
 from longlora.data.instruct_examples import Example, Message, split_document
 from longlora.data.instruct_tokens import Encoder
+from longlora.inference.files import text_of
 
 TEXTS = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
 ANSWERS = TEXTS.filter(str.strip)
@@ -77,6 +82,7 @@ def test_labels_are_the_answers_and_only_documents_are_shortened(example: Exampl
         return
     assert len(encoded.tokens) == len(encoded.mask) <= context
     assert len(encoded.tokens) + encoded.removed == fixed + documents
+    assert any(encoded.mask[1:]), "a row that teaches nothing is not kept"
     learned = [token for token, flag in zip(encoded.tokens, encoded.mask, strict=True) if flag]
     answers = "".join(f"{message.before}</s>" for message in example.messages if message.role == "assistant")
     assert tokenizer.decode(learned) == answers
@@ -90,3 +96,36 @@ def test_labels_are_the_answers_and_only_documents_are_shortened(example: Exampl
 @given(st.text(max_size=300) | st.lists(TEXTS | st.just("\n\n"), max_size=12).map("".join))
 def test_splitting_a_prompt_loses_nothing(text: str) -> None:
     assert "".join(split_document(text)) == text
+
+
+@settings(max_examples=150, deadline=None)
+@given(half=st.integers(1, 12), data=st.data(), shifted=st.booleans(), length=st.integers(1, 80))
+def test_a_query_sees_itself_its_group_and_the_sinks_and_nothing_later(
+    half: int, data: st.DataObject, shifted: bool, length: int
+) -> None:
+    pattern = S2Pattern(2 * half, data.draw(st.integers(0, 2 * half - 1)))
+    for query in range(length):
+        keys = [key for key in range(length) if may_attend(query, key, length, pattern, shifted=shifted)]
+        assert query in keys
+        assert max(keys) == query
+        assert set(range(min(pattern.sink_tokens, query + 1))) <= set(keys)
+        near = [key for key in keys if key >= pattern.sink_tokens or length <= pattern.group_size]
+        assert all(query - key < pattern.group_size for key in near)
+        # Neighbours are cut apart on one grid at most, so that no place stops all that passes.
+        if query and half > 1:
+            assert any(may_attend(query, query - 1, length, pattern, shifted=other) for other in (True, False))
+
+
+@pytest.mark.parametrize(
+    ("piece", "last"),
+    [
+        ("<div>", ""), ("<p>x", ""), ("<a ", ""), ("<a ", ">"), ("<a b='", ">"), ("<!--", ""), ("<!--", ">"),
+        ("<?", ""), ("<![CDATA[", ""), ("<![CDATA[", ">"), ("</a ", ""), ("&#", ""), ("<td>", ""), ("<pre> ", ""),
+    ],
+)  # fmt: skip
+def test_html_takes_a_time_that_grows_with_its_length(piece: str, last: str) -> None:
+    """With the tree as it was, 5,000 divs took 3 s; with the parser alone, 40 kB of `<a ` took 15 s."""
+    content = ("<p>sea</p>" + 10_000 * piece + last).encode()
+    began = time.process_time()
+    assert text_of(content, "a.html").text.startswith("sea")
+    assert time.process_time() - began < 2

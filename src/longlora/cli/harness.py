@@ -18,6 +18,7 @@ from rich.table import Table
 from longlora.artifacts import RunFolder, write_json
 from longlora.cli.options import OverridesArgument, console, read_recipe
 from longlora.config import ContextConfig, EvalConfig, ModelConfig, Recipe
+from longlora.config.plain_yaml import read_yaml
 from longlora.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def harness(
         "seed": seed,
         "data": {name: Path(path) for name, path in _pairs(data, "--data piqa=piqa.jsonl")},
         "download": download,
-        "metadata": {key: yaml.safe_load(value) for key, value in _pairs(metadata, "--metadata max_seq_lengths=8k")},
+        "metadata": {key: _yaml_value(key, text) for key, text in _pairs(metadata, "--metadata max_seq_lengths=8k")},
     }
     run, out = RunFolder(resolved.run_path), console()
     loaded = _load(names, settings)
@@ -84,6 +85,14 @@ def harness(
         if path:
             _write(path, found, result, samples, out)
     _print(rows, out)
+
+
+def _yaml_value(key: str, text: str) -> object:
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())[:80]
+        raise RecipeError(f"--metadata {key}={text[:60]} is no YAML value ({why})") from error
 
 
 def _what_to_measure(

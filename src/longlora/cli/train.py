@@ -9,8 +9,7 @@ import typer
 
 from longlora.artifacts import RunFolder
 from longlora.cli.options import OverridesArgument, RecipeArgument, console, read_recipe
-from longlora.config import CHANGEABLE_ON_RESUME, build_recipe, load_recipe
-from longlora.errors import RunFolderError
+from longlora.config import build_recipe
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,12 +36,7 @@ def train(
         return
     from longlora.training.trainer import train as run_training
 
-    run = RunFolder(resolved.run_path)
-    if run.train_shard.exists() and not run.recipe.exists():
-        raise RunFolderError(f"{resolved.run_dir} was not prepared to its end: run `longlora prepare`")
-    if run.recipe.exists() and load_recipe(run.recipe).data != resolved.data:
-        raise RunFolderError(f"the data section differs from what {resolved.run_dir} was prepared with: prepare again")
-    _say(run_training(resolved, console()))
+    _say(run_training(resolved, console(), prepared=True))
 
 
 def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
@@ -54,16 +48,6 @@ def resume(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     # What `memory: auto` picked, and on top what the command line says.
     picked = [override for override in overrides or [] if not override.startswith("memory=")]
     resolved = build_recipe(adopt_levers(resolved, saved).model_dump(), picked)
-    for section in ("model", "context", "attention", "adapter", "data", "train"):
-        now, then = getattr(resolved, section), getattr(saved, section)
-        if section == "train":
-            now = now.model_copy(update={key: getattr(then, key) for key in CHANGEABLE_ON_RESUME})
-        if now != then:
-            raise RunFolderError(
-                f"{section} differs from the recipe the run in {resolved.run_dir} began with: "
-                f"resume with its own recipe.yaml (of train only {', '.join(CHANGEABLE_ON_RESUME)} may change), "
-                "or train in another run_dir"
-            )
     from longlora.training.trainer import train as run_training
 
     _say(run_training(resolved, console(), resume=True))

@@ -220,6 +220,9 @@ class TrainConfig(Section):
     """AdamW's decay of the mean of their squares."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradient is scaled down to this norm."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Steps of the whole run that may be left out because their loss or gradient is no number: the weights stay as they
+    were, and the documents are named. One more stops the run."""
     seed: int = Field(default=0, ge=0)
     """Order of the sequences and initial LoRA weights."""
     activation_checkpointing: bool = True
@@ -266,6 +269,7 @@ class TrainConfig(Section):
 
 CHANGEABLE_ON_RESUME = (
     "steps",
+    "max_skipped_steps",
     "activation_checkpointing",
     "activation_checkpointing_every",
     "activation_offload",
@@ -277,4 +281,5 @@ CHANGEABLE_ON_RESUME = (
     "validation_steps",
     "validation_rows",
 )
-"""Keys of `train` that a resumed run may change: its length, and what changes results by rounding at most."""
+"""Keys of `train` that a resumed run may change: its length, what it bears, and what changes results by rounding at
+most."""

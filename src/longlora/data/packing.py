@@ -117,6 +117,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         position_ids   0     1   2   3   0     1   2     restart at each span
         labels         -100  a1  a2  a3  -100  b1  b2    unshifted: the loss shifts, so a0 is to predict a1
 
+    and ``row``, int64 [1], its number, for messages.
+
     ``-100`` is `IGNORE_INDEX`: b0 must not be predicted from a3. A span that continues a document which was cut starts
     anew as well, because its beginning is in another row.
 
@@ -167,10 +169,19 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             assert all(span.start == 0 for span in spans), "examples are never cut"
             mask = np.concatenate([self.shard.loss_mask(span.document) for span in spans])
             labels = labels.masked_fill(torch.from_numpy(mask) == 0, IGNORE_INDEX)
-        item = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        item = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "row": torch.tensor([index])}
         if self._weigh_documents:
             item["loss_weights"] = _weights(labels, [span.length for span in spans])
         return item
+
+    def documents(self, row: int) -> list[str]:
+        """What a row holds, for a person: ``a.txt (document 3)``, of a piece ``a.txt (document 3, tokens 0-127)``."""
+        return [self._in_words(span) for span in self.sequences[row].spans]
+
+    def _in_words(self, span: Span) -> str:
+        whole = span.length == len(self.shard.document(span.document))
+        piece = "" if whole else f", tokens {span.start}-{span.stop - 1}"
+        return f"{self.shard.names[span.document]} (document {span.document}{piece})"
 
 
 def _weights(labels_T: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -204,7 +215,7 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
 
     Args:
         rows: at least one; each with input_ids, position_ids and labels, int64 [T of the row], and all or none with
-            loss_weights, float32, which are 0 in padding.
+            loss_weights, float32, which are 0 in padding. What else they have is left out.
         pad_token_id: any id of the vocabulary.
     """
     longest = max(row["input_ids"].shape[0] for row in rows)
@@ -219,4 +230,4 @@ def _pad(row: Mapping[str, Tensor], count: int, pad_token_id: int) -> dict[str, 
         "labels": torch.full((count,), IGNORE_INDEX),
         "loss_weights": torch.zeros(count),
     }
-    return {key: torch.cat([tensor, padding[key]]) for key, tensor in row.items()}
+    return {key: torch.cat([row[key], filling]) for key, filling in padding.items() if key in row}

@@ -27,6 +27,8 @@ class Stretch:
     """Document bounds of each whole row, from 0 to the end of its last document; what follows is padding."""
     tokens: int
     """Length of the whole rows, padding included."""
+    rows: tuple[int, ...] = ()
+    """Their numbers in the data set; empty where they have none, and where there are no rows."""
 
     @property
     def own_tokens(self) -> int:
@@ -73,7 +75,8 @@ class StretchCollator:
         bounds_B = tuple(_bounds(row["position_ids"]) for row in rows) or ((0,),)
         whole = batch["input_ids"].shape[1]
         length = max(-(-whole // self._world), self._least)
-        stretch = Stretch(self._rank, self._world, bounds_B, self._world * length)
+        numbers = tuple(int(row["row"]) for row in rows if "row" in row)
+        stretch = Stretch(self._rank, self._world, bounds_B, self._world * length, numbers)
         batch = {name: _shifted(name, tensor) for name, tensor in batch.items()}
         batch = {name: self._padded(name, tensor, stretch.tokens - whole) for name, tensor in batch.items()}
         own = slice(self._rank * length, (self._rank + 1) * length)

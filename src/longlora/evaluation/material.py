@@ -24,7 +24,7 @@ from longlora.evaluation.retrieval.prompt import Encode, Prompt
 from longlora.evaluation.retrieval.questions import question_prompts
 from longlora.evaluation.retrieval.ruler import ruler_prompts
 from longlora.evaluation.retrieval.ruler_needles import NEEDLE_TASKS
-from longlora.model.build import tokenizer_hash
+from longlora.model.build import load_config, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def _documents(
             "data.heldout holds instructions, whose loss and length say little of a context: name texts in "
             "eval.perplexity.texts (eval.haystack for needles), or take eval.tasks=[questions]"
         )
-    shard = open_shard(run.heldout_shard, tokenizer_hash(tokenizer))
+    vocabulary = load_config(recipe.model).get_text_config().vocab_size  # an id beyond it has no embedding
+    shard = open_shard(run.heldout_shard, tokenizer_hash(tokenizer), vocabulary=vocabulary)
     long_enough = [index for index, length in enumerate(shard.lengths) if length >= needed]
     if not long_enough:
         raise DataError(

@@ -14,6 +14,9 @@ from longlora.data.formats import unreadable
 from longlora.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bs4.element import PageElement, Tag
     from pypdf import PdfReader
 
 MAX_FILE_BYTES = 32 * 2**20
@@ -102,31 +105,63 @@ def _plain_text(content: bytes, name: str) -> str:
 def _html_text(content: bytes, name: str) -> str:
     """What a reader of the page sees: a line for each block, without scripts and styles."""
     try:
-        from bs4 import BeautifulSoup
+        from bs4 import BeautifulSoup, UnicodeDammit
     except ImportError:
         raise DataError(f"{name} needs a package that reads HTML: pip install beautifulsoup4") from None
     if b"\0" in content and not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{name} is a binary file (byte 0x00 at {content.index(0):,}): {_KNOWN}")
     try:
-        page = BeautifulSoup(content, "html.parser")
-        for hidden in page(_UNSEEN):
-            hidden.decompose()
-        for kept in page(("pre", "textarea")):
-            for piece in kept.find_all(string=True):
-                piece.replace_with(piece.replace(" ", "\u00a0").replace("\n", "\u2028"))
-        for cell in page(("td", "th")):
-            if cell.find_previous_sibling(("td", "th")):
-                cell.insert_before("\u00a0")
-        for block in page(lambda tag: _BLOCKS.fullmatch(tag.name) is not None):
-            block.insert_before("\u2029")
-            block.append("\u2029")
-        text = page.get_text()
+        markup = UnicodeDammit(content, is_html=True).unicode_markup or ""
+        text = _seen(BeautifulSoup(_closed(markup), "html.parser"))
     except RecursionError:
         raise DataError(f"{name} is nested too deep to be read as HTML: save it as text") from None
     # White space of the source means a blank, a block (\u2029) a new line, and of preformatted text everything counts.
     text = re.sub(r"[ \t\r\n\f]+", " ", text)
     text = re.sub(r" ?\u2029[ \u2029]*", "\n", text).replace("\u2028", "\n").replace("\u00a0", " ")
     return text.strip("\n ")
+
+
+def _closed(markup: str) -> str:
+    """`markup` without a comment that nothing ends, and without tags behind its last ``>``, where none can end.
+
+    Browsers drop both as well. The parser looks for the end of each anew, to the end of the file: 40 kB of ``<a `` took
+    it 15 s.
+    """
+    start = markup.find("<!--", markup.rfind("-->") + 1)
+    kept = markup if start < 0 else markup[:start]
+    before, last, after = kept.rpartition(">")
+    return before + last + after.partition("<")[0]
+
+
+def _seen(page: Tag) -> str:
+    """The text of a page with marks: \\u2029 around blocks, \\u00a0 and \\u2028 for blanks and lines that count.
+
+    One walk with a stack: the tree may be as deep as the file is long, because the parser closes no ``<p>`` by itself,
+    and to put marks into the tree takes a time that grows with the square of its depth.
+    """
+    from bs4.element import CData, NavigableString, Tag
+
+    pieces: list[str] = []
+    # Children still to come, whether white space counts in them, whether a cell came already, and what ends them.
+    stack: list[tuple[Iterator[PageElement], bool, list[bool], str]] = [(iter(page.contents), False, [False], "")]
+    while stack:
+        children, exact, cells, end = stack[-1]
+        child = next(children, None)
+        if child is None:
+            stack.pop()
+            pieces.append(end)
+        elif type(child) in (NavigableString, CData):
+            text = str(child)
+            pieces.append(text.replace(" ", "\u00a0").replace("\n", "\u2028") if exact else text)
+        elif isinstance(child, Tag) and child.name not in _UNSEEN:
+            mark = "\u2029" if _BLOCKS.fullmatch(child.name) else ""
+            if child.name in ("td", "th"):
+                mark = "\u00a0" if cells[0] else ""
+                cells[0] = True
+            pieces.append(mark)
+            inside = exact or child.name in ("pre", "textarea")
+            stack.append((iter(child.contents), inside, [False], mark if mark == "\u2029" else ""))
+    return "".join(pieces)
 
 
 def _pdf_text(content: bytes, name: str) -> tuple[str, str]:

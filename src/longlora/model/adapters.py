@@ -5,6 +5,7 @@ In: a model and `AdapterConfig`. Out: a PEFT model whose adapter file holds ever
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from longlora.config import AdapterConfig
 from longlora.errors import ModelError
+from longlora.storage import without_home, write_atomic
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -137,6 +139,7 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | No
     """
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
+    hide_home(folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         saved = set(file.keys())
     # PEFT leaves the names of its wrappers and of the adapter out of the file.
@@ -149,6 +152,18 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | No
             f"{folder}/{ADAPTER_WEIGHTS} lacks {len(missing)} of {len(wanted)} trained tensors, first "
             f"{missing[0]}: this is a bug of longlora, please report it"
         )
+
+
+def hide_home(folder: Path) -> None:
+    """Write the home folder as ``~`` in PEFT's config, where it names the base model.
+
+    Nothing here reads that name: the sidecar says which model belongs to the adapter. PEFT's own
+    `AutoPeftModelForCausalLM` does, and would put the adapter on the model with its old RoPE, silently; it finds none.
+    """
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["base_model_name_or_path"] = without_home(values.get("base_model_name_or_path") or "") or None
+    write_atomic(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -73,6 +73,11 @@ def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
 
 
+def weights_file(settings: AdapterConfig) -> str:
+    """The name of the file that `save_trained` writes of a model trained with `settings`."""
+    return ADAPTER_WEIGHTS if settings.method == "lora" else _WHOLE_WEIGHTS
+
+
 def save_trained(model: TrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write everything that is trained, in float32, as one safetensors file.
 

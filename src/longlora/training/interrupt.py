@@ -61,9 +61,20 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step = state.global_step
-        if number := int(largest(self._ranks, self._received or 0)):
-            self._received = signal.Signals(number)
+        if self._agreed():
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Another step, which may take minutes, need not be waited for: this one is saved."""
+        if self._agreed():
+            control.should_training_stop = True
+
+    def _agreed(self) -> bool:
+        """Whether any process got a signal."""
+        number = int(largest(self._ranks, self._received or 0))
+        if number:
+            self._received = signal.Signals(number)
+        return number != 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -72,8 +83,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         if error is None or self._ranks.world == 1:
             self._restore()
         # After the last step too: none may leave while others go on.
-        if error is None and (number := int(largest(self._ranks, self._received or 0))):
-            self._received = signal.Signals(number)
+        if error is None and self._agreed() and self._received:
             raise InterruptedRunError(
                 f"interrupted by {self._received.name}; step {self._step} is saved, `longlora resume` goes on from it",
                 128 + self._received,

@@ -1,7 +1,7 @@
 """The training loop: a thin `transformers.Trainer` with our loss model and our rules for checkpoints.
 
 What is not the library's: saving what is trained alone (no pickle of arguments), a manifest that makes a checkpoint
-count, and stopping at the first loss that is not a number.
+count, and leaving out steps whose loss or gradient is no number (`guard.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,15 +24,17 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from longlora.config import Recipe
 from longlora.data.order import RowOrder
-from longlora.errors import ModelError, RunFolderError
+from longlora.errors import RunFolderError
 from longlora.model.levers import OPTIMIZERS
 from longlora.model.trainable import save_trained
 from longlora.planning.out_of_memory import is_out_of_memory
-from longlora.training.checkpoint import Batches, complete_checkpoint
+from longlora.training.checkpoint import complete_checkpoint, discard_unfinished, saving_folder
 from longlora.training.collectives import gathered, largest
 from longlora.training.distributed import Ranks
 from longlora.training.failures import is_lost_contact
+from longlora.training.guard import StepGuard
 from longlora.training.loss_model import weight_of_batches
+from longlora.training.saved import Batches, Unlogged, explained_states, saved_in
 from longlora.training.sharding import is_sharded, own_states, whole_states, whole_weights
 
 
@@ -41,8 +44,12 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
     checkpoints_kept = 2
     ranks = Ranks()
     """Which of the processes of the run this one is."""
-    _bad_loss = ""
-    """A loss of the step under way that is not a number, in words."""
+    source: Mapping[str, str] = MappingProxyType({})
+    """What is trained on what, by name: what a run that goes on must have in common with this one."""
+    guard: StepGuard
+    """Which steps may be taken."""
+    _loss_before: Tensor
+    """What the library had summed up for the log when the step under way began."""
 
     def take_sharded_model(self) -> None:
         """Leave wrapping and placing to `shard_model`, which has done it."""
@@ -74,36 +81,36 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         tokens = torch.tensor(inputs["stretch"].own_tokens, device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.guard.begins:
+            self._loss_before = self._tr_loss.clone()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._bad_loss = f"loss is {loss.item()}"
-            if self.ranks.world == 1:
-                raise self._diverged(self._bad_loss)
+        self.guard.saw(loss, inputs["stretch"])
         return loss
-
-    def _diverged(self, what: str) -> ModelError:
-        return ModelError(
-            f"{what} in step {self.state.global_step + 1}: lower train.learning_rate "
-            f"(now {self.args.learning_rate:g}) and resume; nothing was saved from this step"
-        )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # Where examples weigh the same, their weights take the place of the number of labels.
-        weight = weight_of_batches(batch_samples).to(device)
-        return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
+        weights_RM = torch.stack([weight_of_batches([batch]) for batch in batch_samples])[None].to(device)
+        if self.args.world_size > 1:
+            weights_RM = self.accelerator.gather(weights_RM)
+        return self.guard.begin(self.state.global_step + 1, weights_RM, [batch["stretch"] for batch in batch_samples])
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        # Clipping comes right before the optimizer's step: the last moment at which the weights are still good.
-        norm = super()._clip_grad_norm(model)
-        bad_norm = not torch.isfinite(torch.as_tensor(norm))
-        # All processes come here, so that all stop, with the same words.
-        if largest(self.ranks, float(bad_norm or self._bad_loss != "")):
-            losses = [
-                f"{words} on rank {rank}" for rank, words in enumerate(gathered(self.ranks, self._bad_loss)) if words
-            ]
-            raise self._diverged(losses[0] if losses else f"gradient norm is {float(norm)}")
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Asked for whether gradients are clipped or not, right before the optimizer's step: the last moment at which
+        # the weights are still good.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.guard.may_step(self.state.global_step + 1, norm):
+            self._leave_out()
         return norm
+
+    def _leave_out(self) -> None:
+        # Optimizers pass over what has no gradient, with its state and its decay.
+        self.optimizer.zero_grad(set_to_none=True)
+        # Not by subtraction: what is no number would stay in the sum for ever.
+        self._tr_loss = self._loss_before
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        super().log(self.guard.logged(logs, self.state.global_step) if "loss" in logs else logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -123,30 +130,48 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not is_sharded(self.model):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        # Mapped, not read: each process needs its part alone. Only tensors and numbers are loaded.
-        states = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        self.optimizer.load_state_dict(own_states(states, self.optimizer))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        with explained_states(Path(checkpoint)):
+            if not is_sharded(self.model):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            # Mapped, not read: each process needs its part alone. Only tensors and numbers are loaded.
+            states = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+            self.optimizer.load_state_dict(own_states(states, self.optimizer))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(saving_folder(Path(self.args.output_dir)))  # `complete_checkpoint` gives it its place
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoints = Path(self.args.output_dir)
+        folder = saving_folder(checkpoints) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            largest(self.ranks, 0)  # all have written what is theirs alone, the states of their random numbers
             if self.ranks.is_main:
-                complete_checkpoint(folder, keep=self.checkpoints_kept, batches=self._batches())
+                discard_unfinished(checkpoints)
+            largest(self.ranks, 0)  # none writes before that is done
+            super()._save_checkpoint(model, trial)
+            # All have written what is theirs alone, the states of their random numbers, when all have answered.
+            unlogged = Unlogged.of(self._globalstep_last_logged, gathered(self.ranks, float(self._tr_loss)))
+            if self.ranks.is_main:
+                complete_checkpoint(
+                    folder,
+                    keep=self.checkpoints_kept,
+                    batches=self._batches(),
+                    processes=self.ranks.world,
+                    source=self.source,
+                    unlogged=unlogged,
+                )
         except (OSError, RuntimeError, SafetensorError) as error:  # each library's own way to say that a disk is full
             if is_lost_contact(error):
                 raise
-            shutil.rmtree(folder, ignore_errors=True)
+            discard_unfinished(checkpoints)
             if is_out_of_memory(error):
                 raise
-            free = shutil.disk_usage(self.args.output_dir).free
+            free = shutil.disk_usage(checkpoints).free
             raise RunFolderError(
-                f"{folder.name} cannot be written to {self.args.output_dir} ({free / 2**30:.2f} GiB free): {error}; "
+                f"{folder.name} cannot be written to {checkpoints} ({free / 2**30:.2f} GiB free): {error}; "
                 "free space and resume, earlier checkpoints are whole"
             ) from error
 
@@ -155,6 +180,24 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the weights are put into the model while every process holds it whole."""
+
+    def _init_training_state(self, max_steps: int, *others: Any) -> tuple[int, int]:
+        done: tuple[int, int] = super()._init_training_state(max_steps, *others)
+        self.state.compute_steps(self.args, max_steps)  # not the checkpoint's: save_steps may have changed
+        return done
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with explained_states(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
+        self._take_up_losses(Path(checkpoint))
+
+    def _take_up_losses(self, checkpoint: Path) -> None:
+        """Go on with the losses since the last row of metrics.jsonl: the library begins with none."""
+        if unlogged := saved_in(checkpoint).unlogged:
+            self._tr_loss += unlogged.sum_of(self.ranks.rank, self.ranks.world)
+            self._globalstep_last_logged = unlogged.since
 
 
 class _Arguments(TrainingArguments):  # type: ignore[misc]

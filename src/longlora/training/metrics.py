@@ -17,8 +17,10 @@ from longlora.duration import clock
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes rows and shows progress. Columns: step, loss (nats per token), grad_norm, learning_rate, tokens (seen so
-    far), tokens_per_second and seconds (since this process began to train)."""
+    """Writes rows and shows progress. Columns: step, loss (nats per token, of the steps since the last row that were
+    taken; null if none was), grad_norm (of the last step; null if it is no number), learning_rate, tokens (seen so
+    far), tokens_per_second and seconds (since this process began to train), skipped_steps and unlabelled_batches (micro
+    batches in which nothing is predicted; both since the last row)."""
 
     def __init__(self, path: Path, console: Console) -> None:
         self._path = path
@@ -62,7 +64,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float] | None = None,
+        logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
@@ -72,22 +74,27 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         row = {
             "step": state.global_step,
             "loss": logs["loss"],
-            "grad_norm": float(logs.get("grad_norm", math.nan)),
+            "grad_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
             "tokens": tokens,
             "tokens_per_second": (tokens - self._first_tokens) / seconds,
             "seconds": seconds,
+            "skipped_steps": logs["skipped_steps"],
+            "unlabelled_batches": logs["unlabelled_batches"],
         }
         with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
-        status = f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s"
+            handle.write(json.dumps(row, allow_nan=False) + "\n")
+        loss = "no loss" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        norm = "none" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
+        left_out = f" ({row['skipped_steps']} left out)" if row["skipped_steps"] else ""
+        status = f"{loss}{left_out}  {row['tokens_per_second']:.0f} tokens/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step, status=status)
         else:
             done = max(1, state.global_step - self._first_step)
             left = seconds / done * (state.max_steps - state.global_step)
             self._console.print(
-                f"step {state.global_step}/{state.max_steps}  {status}  grad norm {row['grad_norm']:.3f}  "
+                f"step {state.global_step}/{state.max_steps}  {status}  grad norm {norm}  "
                 f"lr {row['learning_rate']:.2e}  elapsed {clock(seconds)}  left {clock(left)}",
                 highlight=False,
             )
@@ -117,7 +124,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while it wrote
         return math.inf
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -16,22 +16,24 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from longlora.artifacts import RunFolder
-from longlora.config import Recipe, load_recipe
+from longlora.config import CHANGEABLE_ON_RESUME, Recipe, load_recipe
 from longlora.errors import RunFolderError
 from longlora.memory.allocator import return_freed_memory_if_tight
 from longlora.model.build import device_for_run, load_config
 from longlora.model.levers import check_levers
 from longlora.model.rope import RopeChange, rescale_for
+from longlora.model.trainable import weights_file
 from longlora.planning.machines import has_bfloat16_products, this_machine
 from longlora.planning.memory import Memory
 from longlora.planning.plan import run_disk
 from longlora.planning.settle import Settled, adopt_levers, settle_memory
 from longlora.storage import require_free_space
 from longlora.training.attention_schedule import moved_full_phase
-from longlora.training.checkpoint import Batches, batches_of, checkpoint_step, newest_checkpoint
+from longlora.training.checkpoint import checkpoint_step, discard_unfinished, newest_checkpoint
 from longlora.training.collectives import from_main, join, largest, require_same
 from longlora.training.distributed import Ranks, read_ranks
 from longlora.training.launchers import with_launcher_settings
+from longlora.training.saved import Batches, saved_in
 from longlora.training.sharding import check_sharding
 from longlora.training.zero import STAGES, check_zero
 
@@ -66,7 +68,9 @@ class Start:
         return self.shard in ("fsdp2", "zero3")
 
 
-def start(recipe: Recipe, console: Console, held: contextlib.ExitStack, *, resume: bool) -> Start:
+def start(
+    recipe: Recipe, console: Console, held: contextlib.ExitStack, *, resume: bool, prepared: bool = False
+) -> Start:
     """Join the other processes, agree with them, and settle what is to be trained.
 
     Args:
@@ -74,6 +78,7 @@ def start(recipe: Recipe, console: Console, held: contextlib.ExitStack, *, resum
         console: for a person.
         held: gets the lock of the run folder, which the first process takes for all.
         resume: go on from the newest whole checkpoint.
+        prepared: the shards must be those that `longlora prepare` made with this recipe's data section.
 
     Raises:
         LongLoraError: the run folder is in use, something is missing or does not fit, or processes differ.
@@ -92,7 +97,7 @@ def start(recipe: Recipe, console: Console, held: contextlib.ExitStack, *, resum
     run = RunFolder(recipe.run_path)
     doing = "longlora resume" if resume else "longlora train"
     from_main(ranks, lambda: held.enter_context(run.lock(doing)))
-    checkpoint = from_main(ranks, lambda: _checkpoint(run, console, resume=resume))
+    checkpoint = from_main(ranks, lambda: _checkpoint(run, recipe, console, resume=resume, prepared=prepared))
     grad_accum_steps = recipe.train.grad_accum_steps
     if checkpoint is not None:
         _require_shared(checkpoint, ranks)
@@ -111,18 +116,44 @@ def start(recipe: Recipe, console: Console, held: contextlib.ExitStack, *, resum
     return Start(recipe, ranks, console, device, config, change, memory, checkpoint, grad_accum_steps)
 
 
-def _checkpoint(run: RunFolder, console: Console, *, resume: bool) -> Path | None:
+def _checkpoint(run: RunFolder, recipe: Recipe, console: Console, *, resume: bool, prepared: bool) -> Path | None:
     """The newest whole checkpoint of a run that goes on; None for one that begins."""
+    discard_unfinished(run.checkpoints)
     if not resume:
         run.require_unused()
+        if prepared:
+            _require_prepared(run, recipe)
         return None
+    saved = load_recipe(run.recipe)
+    _require_same_run(adopt_levers(recipe, saved), saved)
     if run.trained.exists():
         raise RunFolderError(f"{run.trained} exists: the run is finished; merge, evaluate or export it")
-    checkpoint, passed_over = newest_checkpoint(run.checkpoints)
+    checkpoint, passed_over = newest_checkpoint(run.checkpoints, weights_file(recipe.adapter))
     for line in passed_over:
         console.print(f"passed over: {line}", highlight=False)
     console.print(f"going on from {checkpoint}", highlight=False)
     return checkpoint
+
+
+def _require_prepared(run: RunFolder, recipe: Recipe) -> None:
+    if run.train_shard.exists() and not run.recipe.exists():
+        raise RunFolderError(f"{recipe.run_dir} was not prepared to its end: run `longlora prepare`")
+    if run.recipe.exists() and load_recipe(run.recipe).data != recipe.data:
+        raise RunFolderError(f"the data section differs from what {recipe.run_dir} was prepared with: prepare again")
+
+
+def _require_same_run(recipe: Recipe, saved: Recipe) -> None:
+    """Refuse settings under which steps would not go on as they began in `saved`."""
+    for section in ("model", "context", "attention", "adapter", "data", "train"):
+        now, then = getattr(recipe, section), getattr(saved, section)
+        if section == "train":
+            now = now.model_copy(update={key: getattr(then, key) for key in CHANGEABLE_ON_RESUME})
+        if now != then:
+            raise RunFolderError(
+                f"{section} differs from the recipe the run in {recipe.run_dir} began with: "
+                f"resume with its own recipe.yaml (of train only {', '.join(CHANGEABLE_ON_RESUME)} may change), "
+                "or train in another run_dir"
+            )
 
 
 def _require_shared(checkpoint: Path, ranks: Ranks) -> None:
@@ -134,15 +165,18 @@ def _require_shared(checkpoint: Path, ranks: Ranks) -> None:
 
 def _same_rows(recipe: Recipe, checkpoint: Path, ranks: Ranks, console: Console) -> int:
     """Micro batches of a process in a step, so that steps go on with the rows that come next, as many as before."""
-    train = recipe.train
-    before = batches_of(checkpoint) or Batches(train.micro_batch_size, train.grad_accum_steps, 1)
+    train, saved = recipe.train, saved_in(checkpoint)
+    before = saved.batches or Batches(train.micro_batch_size, train.grad_accum_steps, 1)
+    dropout = recipe.adapter.lora_dropout > 0
     if before.processes == ranks.data_world:
+        if dropout and saved.processes not in (None, ranks.world):
+            console.print(f"on {ranks.world} instead of {saved.processes} processes: dropout draws other numbers")
         return before.steps
     now = before.on(ranks.data_world)
-    dropout = "; dropout draws other numbers" if recipe.adapter.lora_dropout else ""
     console.print(
         f"on {now.processes} instead of {before.processes} processes with rows of their own: {now.steps} instead of "
-        f"{before.steps} micro batches in a step on each, so that steps have the same rows in the same order{dropout}",
+        f"{before.steps} micro batches in a step on each, so that steps have the same rows in the same order"
+        f"{'; dropout draws other numbers' if dropout else ''}",
         highlight=False,
     )
     return now.steps

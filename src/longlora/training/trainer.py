@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from longlora.artifacts import MANIFEST, RunFolder, sha256_file, write_atomic
@@ -39,11 +40,13 @@ from longlora.planning.out_of_memory import explained_out_of_memory
 from longlora.training.attention_schedule import AttentionSchedule
 from longlora.training.checkpoint import checkpoint_step, has_whole_checkpoint
 from longlora.training.collectives import leave, require_same
+from longlora.training.guard import StepGuard
 from longlora.training.interrupt import StopOnSignal
 from longlora.training.loop import LongContextTrainer, training_arguments
 from longlora.training.loss_model import LossModel
 from longlora.training.metrics import MetricsCallback
 from longlora.training.result import write_result
+from longlora.training.saved import explained_states, require_source
 from longlora.training.sequence import check_sequence, sequence_group
 from longlora.training.sharding import is_sharded, shard_model, whole_weights
 from longlora.training.start import Start, start
@@ -52,16 +55,20 @@ from longlora.training.zero import STAGES, join_zero, shard_zero, zero_config
 from longlora.training.zero_trainer import ZeroTrainer
 
 
-def train(recipe: Recipe, console: Console, *, resume: bool = False) -> Path:
+def train(recipe: Recipe, console: Console, *, resume: bool = False, prepared: bool = False) -> Path:
     """Train what `recipe` says and return the folder of the result: adapter/, or merged/ after full fine-tuning.
 
-    Needs the token shards of `longlora prepare`. With `resume`, goes on from the newest whole checkpoint.
+    Args:
+        recipe: needs token shards in its run folder.
+        console: for a person.
+        resume: go on from the newest whole checkpoint.
+        prepared: the shards must be those that `longlora prepare` made with this recipe's data section.
 
     Raises:
         LongLoraError: the run folder is in use, or something that the run needs is missing or does not fit.
     """
     with contextlib.ExitStack() as held:
-        begun = start(recipe, console, held, resume=resume)
+        begun = start(recipe, console, held, resume=resume, prepared=prepared)
         return _trained(begun)
 
 
@@ -95,14 +102,8 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256, vocabulary=begun.config.get_text_config().vocab_size)
     _require_kind(shard, recipe)
-    instruct = recipe.data.kind == "instruct"
-    weigh = instruct and recipe.data.instruct.loss_weighting == "examples"
-    dataset = PackedDataset(
-        shard,
-        recipe.context.context_length,
-        min_length=1 if instruct else begun.change.original_context_length,
-        weigh_documents=weigh,
-    )
+    weigh = recipe.data.kind == "instruct" and recipe.data.instruct.loss_weighting == "examples"
+    dataset = _rows(shard, begun, weigh=weigh)
     base, fingerprint = _base(begun)
     least = check_sequence(base, recipe, ranks)
     sidecar = Sidecar.of(recipe, begun.change, begun.config, tokenizer_sha256, fingerprint, shard.chat_template)
@@ -112,8 +113,12 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     loss_model = LossModel(model, recipe.train.loss_chunk_tokens, dtype, sequence_group(ranks))
     if ranks.world > 1:
         require_same(ranks, _facts(run, model, fingerprint, tokenizer_sha256))
+    source = _source(run, fingerprint)
     if checkpoint is not None:
-        load_trained(model, checkpoint)
+        require_source(checkpoint, source)
+        with explained_states(checkpoint):
+            load_trained(model, checkpoint)
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))  # of another version of the library?
         if checkpoint_step(checkpoint) >= recipe.train.steps:
             return model, sidecar  # stopped between its last checkpoint and its result
     experts = any("expert" in name for name in trainable_names(model))
@@ -132,6 +137,7 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
         vocabulary=begun.config.get_text_config().vocab_size,
         batches=RowBatches(ranks, collator),
     )
+    guard = StepGuard(dataset, ranks, console, recipe)
     stop = StopOnSignal(console, ranks)
     trainer = (ZeroTrainer if changes else LongContextTrainer)(
         model=loss_model,
@@ -145,11 +151,12 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
         ),
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[metrics, AttentionSchedule(model, recipe, console), *([validate] if validate else []), stop],
+        callbacks=[metrics, guard, AttentionSchedule(model, recipe, console), *([validate] if validate else []), stop],
     )
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
-    trainer.checkpoints_kept, trainer.ranks = recipe.train.save_total_limit, ranks
+    trainer.checkpoints_kept, trainer.ranks, trainer.source = recipe.train.save_total_limit, ranks, source
+    trainer.guard = guard
     if begun.shard == "fsdp2":
         trainer.take_sharded_model()
     if ranks.is_main:
@@ -188,6 +195,11 @@ def _use_deepspeed(model: LossModel, begun: Start) -> dict[str, Any]:
     return {**changes, "deepspeed": config, "bf16": False}  # the config says what computes in 16 bits
 
 
+def _source(run: RunFolder, fingerprint: str) -> dict[str, str]:
+    """What a run that goes on from a checkpoint must find as it was."""
+    return {"training data (data/train)": sha256_file(run.train_shard / MANIFEST), "base model": fingerprint}
+
+
 def _facts(run: RunFolder, model: TrainedModel, fingerprint: str, tokenizer_sha256: str) -> dict[str, str]:
     """What must be the same on all processes beside the recipe, by name; hashes, shortened."""
     held_out = run.heldout_shard / MANIFEST
@@ -199,6 +211,12 @@ def _facts(run: RunFolder, model: TrainedModel, fingerprint: str, tokenizer_sha2
         "weights before training": weights_fingerprint(model),
     }
     return {name: value[:12] for name, value in facts.items()}
+
+
+def _rows(shard: TokenShard, begun: Start, *, weigh: bool) -> PackedDataset:
+    # Texts are to teach positions that the model does not know yet; instructions need not.
+    known = begun.change.original_context_length if begun.recipe.data.kind == "text" else 1
+    return PackedDataset(shard, begun.recipe.context.context_length, min_length=known, weigh_documents=weigh)
 
 
 def _require_kind(shard: TokenShard, recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from longlora.errors import ModelError
 from longlora.training.loop import LongContextTrainer
 from longlora.training.zero import put_states, zero_states
 
@@ -23,8 +25,9 @@ from longlora.training.zero import put_states, zero_states
 class ZeroTrainer(LongContextTrainer):
     """`LongContextTrainer` with what DeepSpeed does otherwise.
 
-    DeepSpeed clips and takes the step within `training_step`. A loss or a gradient norm that is not a number is found
-    right after it: the weights in memory are lost then, the checkpoints are not.
+    DeepSpeed clips and takes the step within `training_step`, before anybody is asked. By itself it leaves out a step
+    whose gradient is no number (ZeRO-2 and ZeRO-3 of 0.19.8, where the weights are float32). So a step that is to be
+    left out gets such a gradient: one with a loss that is no number, or without labels.
     """
 
     _groups: list[dict[str, Any]]
@@ -55,11 +58,27 @@ class ZeroTrainer(LongContextTrainer):
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        left_out = ~loss.detach().isfinite() | self.guard.is_unlabelled
+        return loss * torch.ones_like(loss).masked_fill(left_out, math.nan)
+
+    def _leave_out(self) -> None:
+        super()._leave_out()
+        zero = self.model_wrapped.optimizer
+        if not zero.overflow:
+            raise ModelError(
+                f"DeepSpeed took step {self.state.global_step + 1}, which was to be left out: the weights in memory "
+                "are lost, resume from the last checkpoint with deepspeed==0.19.8, or with parallel.shard=fsdp2"
+            )
+        zero.overflow = False  # or the library would hold back the learning rate, unlike without DeepSpeed
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._save(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states = zero_states(self.model_wrapped, self._parameters(), keep=self.ranks.is_main)
+        begun = bool(self.model_wrapped.optimizer.optimizer.state)  # not while all steps were left out
+        states = zero_states(self.model_wrapped, self._parameters(), keep=self.ranks.is_main) if begun else {}
         if not self.ranks.is_main:
             return
         # Those of torch's optimizer: DeepSpeed has dropped one without parameters. All have the same rate.
@@ -74,7 +93,8 @@ class ZeroTrainer(LongContextTrainer):
             return
         # Mapped, not read: each process needs its part alone. Only tensors and numbers are loaded.
         saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        put_states(self.model_wrapped, self._parameters(), saved["state"])
+        if saved["state"]:
+            put_states(self.model_wrapped, self._parameters(), saved["state"])
         for group in self._live_groups():
             group.update({name: saved["param_groups"][0][name] for name in ("lr", "initial_lr")})
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))

@@ -125,8 +125,8 @@ class Endpoint:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=_TIMEOUT) as reply:
             content = reply.read(_LARGEST_REPLY)
         try:
-            return str(json.loads(content)["choices"][0]["message"]["content"] or "")
-        except (ValueError, LookupError, TypeError):
+            return completion(content)
+        except EndpointError:
             raise EndpointError(
                 f"endpoint {self.url} gave no chat completion ({self._clean(content[:200])!r}): give its base address, "
                 "which often ends in /v1"
@@ -137,6 +137,14 @@ class Endpoint:
         plain = " ".join(text.decode(errors="replace").split())
         key = os.environ.get(self.key_env, "") if self.key_env else ""
         return (plain.replace(key, "***") if key else plain)[:_REASON]
+
+
+def completion(content: bytes) -> str:
+    """The text of a chat completion; `EndpointError` where the body of a reply is none."""
+    try:
+        return str(json.loads(content)["choices"][0]["message"]["content"] or "")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise EndpointError("no chat completion") from None
 
 
 def _pause(number: int, headers: email.message.Message | None) -> float:
