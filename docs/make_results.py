@@ -12,6 +12,7 @@ from pathlib import Path
 from results_ablations import ablations
 from results_cost import attention, paper_ratios, plan, ratios_to_full, several_processes, train_step
 from results_model import EVALUATION, evaluation, instructions
+from results_original import original
 from results_plots import before_and_after_picture, ratio_picture, step_picture
 from results_rows import ROOT, newest, origin
 
@@ -52,6 +53,7 @@ def page() -> str:
         ]
     parts += ratios_to_full()
     parts += ablations()
+    parts += original()
     parts += several_processes()
     parts += evaluation()
     parts += instructions()

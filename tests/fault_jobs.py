@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
+from checkpoint_jobs import train_or_resume
 from rich.console import Console
 
 from longlora.artifacts import RunFolder
@@ -36,6 +39,46 @@ def prepare(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     tokenizer = load_tokenizer(recipe.model)
     prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), Console(quiet=True))
+
+
+def train(run_dir: Path) -> None:
+    """``longlora train --or-resume`` of a prepared run folder."""
+    if RunFolder(run_dir).trained.exists():
+        return
+    words = train_or_resume(run_dir)
+    if words != "done":
+        (run_dir / "refused.txt").write_text(words, encoding="utf-8")
+        raise SystemExit(3)
+
+
+def soak(paths: tuple[Path, Path]) -> None:
+    """`train` of a run folder; after each checkpoint a row of what the process holds is added to a file."""
+    from longlora.training.loop import LongContextTrainer
+
+    run_dir, samples = paths
+    save = LongContextTrainer._save_checkpoint
+
+    def noted(self: Any, *arguments: Any) -> None:
+        save(self, *arguments)
+        row = {"step": self.state.global_step, **_held(run_dir)}
+        with samples.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+    LongContextTrainer._save_checkpoint = noted  # type: ignore[method-assign]
+    train(run_dir)
+
+
+def _held(run_dir: Path) -> dict[str, int]:
+    """Resident memory in bytes, open files and threads of this process; files of the run and their bytes."""
+    sizes = [path.stat().st_size for path in run_dir.rglob("*") if path.is_file()]
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return {
+        "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+        "open_files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
+        "threads": sum(1 for _ in Path("/proc/self/task").iterdir()),
+        "files": len(sizes),
+        "bytes": sum(sizes),
+    }
 
 
 def merge(paths: tuple[Path, Path]) -> None:

@@ -70,19 +70,19 @@ def _start(job: Job, argument: Any, kill_at: int | None = None) -> tuple[BasePro
     return process, ours
 
 
-def _end(process: BaseProcess) -> None:
-    process.join(_WAIT_SECONDS)
+def _end(process: BaseProcess, seconds: float = _WAIT_SECONDS) -> None:
+    process.join(seconds)
     if process.is_alive():
         process.kill()
         process.join()
-        raise AssertionError(f"a child did not end within {_WAIT_SECONDS} s")
+        raise AssertionError(f"a child did not end within {seconds} s")
 
 
-def run_whole(job: Job, argument: Any) -> tuple[int, float]:
+def run_whole(job: Job, argument: Any, seconds: float = _WAIT_SECONDS) -> tuple[int, float]:
     """Let a child do `job`: how many changes it made on the disk, and the seconds it took."""
     process, child = _start(job, argument)
     began = time.monotonic()
-    _end(process)
+    _end(process, seconds)
     assert process.exitcode == 0, f"the child ended with {process.exitcode}"
     return int(child.recv()), time.monotonic() - began
 
