@@ -101,7 +101,7 @@ def test_resume_takes_a_longer_run_and_memory_levers_alone(longlora: Callable[..
     changed = longlora("resume", "recipe.yaml", "train.learning_rate=0.5")
     assert changed.returncode == 2
     assert "train differs from the recipe" in changed.stderr
-    assert "of train only steps, activation_checkpointing, " in changed.stderr
+    assert "of train only steps, max_skipped_steps, activation_checkpointing, " in changed.stderr
     other_data = longlora("train", "recipe.yaml", "data.add_special_tokens=false")
     assert other_data.returncode == 2
     assert "prepare again" in other_data.stderr

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoint_jobs import FILES, made, prepared, result, steps_saved
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from longlora.artifacts import MANIFEST, RunFolder, read_json, write_manifest
 from longlora.config import Recipe
@@ -234,6 +235,19 @@ def test_states_that_do_not_fit_are_refused_in_one_line(
     with pytest.raises(RunFolderError, match=rf"the states in {folder} do not fit the run .*: remove that folder"):
         resumed(finished, run)
     assert not run.adapter.exists()
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused(
+    finished: tuple[Recipe, dict[str, torch.Tensor]], run: RunFolder
+) -> None:
+    """The manifest is right about it, and the library would train that part anew."""
+    folder = run.checkpoints / "checkpoint-4"
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    lost = next(name for name in weights if "lora_B" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / ADAPTER_WEIGHTS)
+    write_manifest(folder, schema=1, step=4)
+    with pytest.raises(RunFolderError, match=rf"checkpoint-4 .*lacks {lost}"):
+        resumed(finished, run)
 
 
 def test_other_data_than_the_checkpoint_saw_is_refused(

@@ -142,16 +142,20 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | No
     hide_home(folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         saved = set(file.keys())
-    # PEFT leaves the names of its wrappers and of the adapter out of the file.
-    wanted = {
-        name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
-        for name in trainable_names(model)
-    }
+    wanted = names_in_file(model)
     if missing := sorted(wanted - saved):
         raise ModelError(
             f"{folder}/{ADAPTER_WEIGHTS} lacks {len(missing)} of {len(wanted)} trained tensors, first "
             f"{missing[0]}: this is a bug of longlora, please report it"
         )
+
+
+def names_in_file(model: PeftModel) -> set[str]:
+    """What an adapter's file calls that which is trained: PEFT leaves names of its wrappers and of the adapter out."""
+    return {
+        name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
+        for name in trainable_names(model)
+    }
 
 
 def hide_home(folder: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from longlora.config import AdapterConfig, ModelConfig, Recipe
 from longlora.errors import RunFolderError
-from longlora.model.adapters import ADAPTER_WEIGHTS, add_adapter, save_adapter
+from longlora.model.adapters import ADAPTER_WEIGHTS, add_adapter, names_in_file, save_adapter
 
 TrainedModel: TypeAlias = PeftModel | PreTrainedModel
 """A base model in PEFT's wrapper, or one of which every parameter is trained."""
@@ -103,7 +103,10 @@ def load_trained(model: TrainedModel, folder: Path) -> None:
         RunFolderError: the file is of another model or of other settings.
     """
     if isinstance(model, PeftModel):
-        result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        if missing := sorted(names_in_file(model) - weights.keys()):
+            raise RunFolderError(f"{folder} does not fit the recipe: it lacks {', '.join(missing[:3])}")
+        result = set_peft_model_state_dict(model, weights)
         if result.unexpected_keys:
             raise RunFolderError(f"{folder} does not fit the recipe: {result.unexpected_keys[:3]}")
         return
