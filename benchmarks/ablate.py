@@ -1,7 +1,7 @@
 """Which parts of the method help, on SmolLM2-135M-Instruct: a run of training and measuring for each variant and seed.
 
 python benchmarks/ablate.py attention --seeds 3     appends to benchmarks/results/ablations.csv
-python benchmarks/ablate.py trained rope rate
+python benchmarks/ablate.py trained rope rate --part 1/2     the other half in another process
 Weights and texts come out of pinned Python packages, as in `longlora quickstart`; two documents and all others of their
 authors are held out. A run whose row is there already is not repeated, so a script that was stopped goes on where it
 was. Seeds come last: the first of every variant, then the second of those that matter. Every run is `longlora train`
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", help="variants whose names hold this")
+    parser.add_argument("--part", default="1/1", help="of the missing runs, for several processes: 1/2 and 2/2")
     parser.add_argument("--seconds", type=float, default=7200, help="that each stage of a run may take")
     parser.add_argument("--list", action="store_true", help="say what is missing, and run nothing")
     args = parser.parse_args()
@@ -140,6 +141,8 @@ def main() -> None:
         for experiment, variant, seed in planned(args.experiments, args.seeds, args.only)
         if variant.identity(size, seed) not in finished
     ]
+    part, parts = map(int, args.part.split("/"))
+    missing = missing[part - 1 :: parts]
     for experiment, variant, seed in missing if args.list else []:
         print(f"{experiment}: {variant.name}, seed {seed}")
     if args.list or not missing:
