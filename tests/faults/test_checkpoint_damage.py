@@ -273,3 +273,17 @@ def test_what_a_killed_save_left_is_removed_and_never_counts(
     assert steps_saved(recipe) == ["checkpoint-2", "checkpoint-4"]
     assert not older.exists()
     assert not (run.checkpoints / "checkpoint-4" / "rng_state_7.pth").exists()
+
+
+def test_what_a_killed_rotation_left_goes_even_after_the_last_step(
+    finished: tuple[Recipe, dict[str, torch.Tensor]], run: RunFolder
+) -> None:
+    """One that lost its manifest first, and one that was not come to: no further save would remove them."""
+    for step, removed in ((1, (MANIFEST, "optimizer.pt")), (0, ())):
+        folder = shutil.copytree(run.checkpoints / "checkpoint-2", run.checkpoints / f"checkpoint-{step}")
+        for name in removed:
+            (folder / name).unlink()
+    again = resumed(finished, run)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in finished[1].items())
+    recipe = finished[0].model_copy(update={"run_dir": str(run.root)})
+    assert steps_saved(recipe) == ["checkpoint-2", "checkpoint-4"]

@@ -30,6 +30,7 @@ __all__ = [
     "batches_of",
     "checkpoint_step",
     "complete_checkpoint",
+    "discard_older",
     "discard_unfinished",
     "has_whole_checkpoint",
     "newest_checkpoint",
@@ -103,15 +104,19 @@ def complete_checkpoint(
     sync([place.parent])  # before others are removed
     if not has_manifest_sizes(place):
         raise RunFolderError(f"{place} is not as it was written: check the disk; earlier checkpoints were kept")
-    _remove_others(place, keep)
+    for newer in _newest_first(place.parent):
+        if checkpoint_step(newer) > checkpoint_step(place):
+            _remove(newer)
+    discard_older(place, keep)
 
 
-def _remove_others(newest: Path, keep: int) -> None:
-    others = [path for path in _newest_first(newest.parent) if path != newest]
+def discard_older(newest: Path, keep: int) -> None:
+    """Remove all older checkpoints than `newest` but `keep` - 1 whole ones, also what a killed removal left of one."""
     step = checkpoint_step(newest)
-    whole = [path for path in others if checkpoint_step(path) < step and has_manifest_sizes(path)]
-    for old in others:
-        if old not in whole[: keep - 1]:
+    older = [path for path in _newest_first(newest.parent) if checkpoint_step(path) < step]
+    kept = [path for path in older if has_manifest_sizes(path)][: keep - 1]
+    for old in older:
+        if old not in kept:
             _remove(old)
 
 
