@@ -51,6 +51,8 @@ def verdict(output: str, errors: str) -> tuple[int, str]:
         unknown = [package["name"] for package in packages if "vulns" not in package]
     except (ValueError, LookupError, TypeError, AttributeError):
         return _failed(errors)
+    if not packages:
+        return 2, f"not audited: no package is named in {CONSTRAINTS.name}"
     if weak:
         return 1, f"known weaknesses in {len(weak)} packages: {'; '.join(weak)}"
     if len(unknown) == len(packages):

@@ -48,7 +48,7 @@ ANSWERS = [
     ([*WEAK, UNKNOWN], "", 1, 1, "known weaknesses in 1 packages"),
     ([UNKNOWN], "No known vulnerabilities found", 2, 0, "answers for none of the 1 packages"),
     ([*WHOLE, UNKNOWN], "No known vulnerabilities found", 2, 2, "not audited: 1 of 3 packages, .* does not know: d"),
-    ([], "", 2, 0, "answers for none of the 0 packages"),
+    ([], "", 2, 2, "no package is named in constraints.txt"),
     (None, REFUSED, 2, 0, r"cannot be reached from here \(ProxyError\)"),
     (None, "requests.exceptions.ReadTimeout: x", 2, 0, r"cannot be reached from here \(ReadTimeout\)"),
     (None, "/usr/bin/python: No module named pip_audit", 2, 2, "failed .*No module named pip_audit.* pip install"),

@@ -53,6 +53,11 @@ def headings(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
+def test_no_figure_is_still_to_be_filled_in() -> None:
+    for page in PAGES:
+        assert not re.findall(r"FIGURE_[A-Z]+|TODO|TBD", page.read_text(encoding="utf-8")), page.name
+
+
 def test_links_regex_finds_links_and_pictures() -> None:
     assert len(links(DOCS / "method.md")) >= 8
 

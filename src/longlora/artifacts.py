@@ -238,5 +238,9 @@ def _verify_file(path: Path, expected: dict[str, Any], remedy: str) -> None:
     size, wanted = path.stat().st_size, expected.get("bytes")
     if type(wanted) is not int or size != wanted:
         raise RunFolderError(f"{path} has {size} bytes, its manifest says {wanted!r:.40}: {remedy}")
-    if sha256_file(path) != expected.get("sha256"):
+    try:
+        found = sha256_file(path)
+    except OSError as error:  # a bad sector, or no right to read it
+        raise RunFolderError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+    if found != expected.get("sha256"):
         raise RunFolderError(f"{path} does not match its sha256: {remedy}")

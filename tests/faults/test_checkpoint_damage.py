@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from checkpoint_jobs import FILES, made, prepared, result, steps_saved
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from longlora import artifacts
 from longlora.artifacts import MANIFEST, RunFolder, read_json, write_manifest
 from longlora.config import Recipe
 from longlora.errors import LongLoraError, RunFolderError
@@ -287,3 +289,31 @@ def test_what_a_killed_rotation_left_goes_even_after_the_last_step(
     assert all(torch.equal(tensor, again[name]) for name, tensor in finished[1].items())
     recipe = finished[0].model_copy(update={"run_dir": str(run.root)})
     assert steps_saved(recipe) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector, or a server that does not answer any more."""
+    bad = run.checkpoints / "checkpoint-4" / "optimizer.pt"
+    read = artifacts.sha256_file
+
+    def failing(path: Path) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(artifacts, "sha256_file", failing)
+    found, (line,) = newest_checkpoint(run.checkpoints, ADAPTER_WEIGHTS)
+    assert found.name == "checkpoint-2"
+    assert "optimizer.pt cannot be read (Input/output error): passed over" in line
+
+
+def test_fewer_steps_than_were_done_are_refused(
+    finished: tuple[Recipe, dict[str, torch.Tensor]], run: RunFolder
+) -> None:
+    recipe = finished[0].model_copy(
+        update={"run_dir": str(run.root), "train": finished[0].train.model_copy(update={"steps": 3})}
+    )
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    with pytest.raises(RunFolderError, match=r"checkpoint-4 has more steps than train.steps=3: give train.steps=4"):
+        train(recipe, Console(quiet=True), resume=True)
+    assert (run.checkpoints / "checkpoint-2").exists()

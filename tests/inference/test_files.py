@@ -45,6 +45,21 @@ def test_text_keeps_everything_but_line_ends(tmp_path: Path) -> None:
     assert text_of("π\r\n".encode("utf-16"), "w.txt").text == "π\n"
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ('before <script>var s = "<!--";</script><p>after', "before\nafter"),
+        ("<!-- <script> --><p>seen<!-- more", "seen"),
+        ("<p>if a < b then stop", "if a < b then stop"),
+        ("<p>an unfinished <a href", "an unfinished"),
+        ("<p>\u0130<STYLE>p{}</Style >x", "\u0130x"),
+        ("<pre>a\tb\r\n\tc</pre>", "a\tb\n\tc"),
+    ],
+)
+def test_html_that_is_easily_read_wrong(page: str, text: str) -> None:
+    assert text_of(page.encode(), "p.html").text == text
+
+
 def test_html_is_what_a_reader_sees() -> None:
     page = b"""<!doctype html><html><head><meta charset="iso-8859-1"><title>no</title><style>p{}</style></head><body>
     <h1>Chap<i>ter</i>

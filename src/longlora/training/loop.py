@@ -166,7 +166,8 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:  # each library's own way to say that a disk is full
             if is_lost_contact(error):
                 raise
-            discard_unfinished(checkpoints)
+            if self.ranks.is_main:  # who may be writing there still
+                discard_unfinished(checkpoints)
             if is_out_of_memory(error):
                 raise
             free = shutil.disk_usage(checkpoints).free

@@ -29,7 +29,7 @@ from longlora.planning.plan import run_disk
 from longlora.planning.settle import Settled, adopt_levers, settle_memory
 from longlora.storage import require_free_space
 from longlora.training.attention_schedule import moved_full_phase
-from longlora.training.checkpoint import checkpoint_step, discard_older, discard_unfinished, newest_checkpoint
+from longlora.training.checkpoint import checkpoint_step, discard_unfinished, newest_checkpoint
 from longlora.training.collectives import from_main, join, largest, require_same
 from longlora.training.distributed import Ranks, read_ranks
 from longlora.training.launchers import with_launcher_settings
@@ -131,9 +131,12 @@ def _checkpoint(run: RunFolder, recipe: Recipe, console: Console, *, resume: boo
     checkpoint, passed_over = newest_checkpoint(run.checkpoints, weights_file(recipe.adapter))
     for line in passed_over:
         console.print(f"passed over: {line}", highlight=False)
+    if (done := checkpoint_step(checkpoint)) > recipe.train.steps:
+        raise RunFolderError(
+            f"{checkpoint} has more steps than train.steps={recipe.train.steps}: give train.steps={done} to end there, "
+            "or more to go on"
+        )
     console.print(f"going on from {checkpoint}", highlight=False)
-    # The run may have been killed before it did; after its last step it saves no more.
-    discard_older(checkpoint, recipe.train.save_total_limit)
     return checkpoint
 
 

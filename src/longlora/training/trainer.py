@@ -38,7 +38,7 @@ from longlora.model.trainable import (
 )
 from longlora.planning.out_of_memory import explained_out_of_memory
 from longlora.training.attention_schedule import AttentionSchedule
-from longlora.training.checkpoint import checkpoint_step, has_whole_checkpoint
+from longlora.training.checkpoint import checkpoint_step, discard_older, has_whole_checkpoint
 from longlora.training.collectives import leave, require_same
 from longlora.training.guard import StepGuard
 from longlora.training.interrupt import StopOnSignal
@@ -119,8 +119,10 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
         with explained_states(checkpoint):
             load_trained(model, checkpoint)
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))  # of another version of the library?
-        if checkpoint_step(checkpoint) >= recipe.train.steps:
-            return model, sidecar  # stopped between its last checkpoint and its result
+        if checkpoint_step(checkpoint) == recipe.train.steps:  # stopped between its last checkpoint and its result
+            if ranks.is_main:
+                discard_older(checkpoint, recipe.train.save_total_limit)
+            return model, sidecar
     experts = any("expert" in name for name in trainable_names(model))
     if begun.shard == "fsdp2":
         shard_model(loss_model, ranks, begun.device)

@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from longlora.errors import ModelError
 from longlora.training.loop import LongContextTrainer
+from longlora.training.saved import explained_states
 from longlora.training.zero import put_states, zero_states
 
 
@@ -91,13 +92,14 @@ class ZeroTrainer(LongContextTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        # Mapped, not read: each process needs its part alone. Only tensors and numbers are loaded.
-        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        if saved["state"]:
-            put_states(self.model_wrapped, self._parameters(), saved["state"])
-        for group in self._live_groups():
-            group.update({name: saved["param_groups"][0][name] for name in ("lr", "initial_lr")})
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        with explained_states(Path(checkpoint)):
+            # Mapped, not read: each process needs its part alone. Only tensors and numbers are loaded.
+            saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+            if saved["state"]:
+                put_states(self.model_wrapped, self._parameters(), saved["state"])
+            for group in self._live_groups():
+                group.update({name: saved["param_groups"][0][name] for name in ("lr", "initial_lr")})
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._groups for parameter in group["params"]]
