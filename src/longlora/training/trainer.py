@@ -7,6 +7,7 @@ the loss in chunks. Several processes run this file together; `collectives.py` h
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,8 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     if ranks.world > 1:
         require_same(ranks, _facts(run, model, fingerprint, tokenizer_sha256))
     source = _source(run, fingerprint)
-    if checkpoint is not None:
-        require_source(checkpoint, source)
-        with explained_states(checkpoint):
-            load_trained(model, checkpoint)
-            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))  # of another version of the library?
-        if checkpoint_step(checkpoint) == recipe.train.steps:  # stopped between its last checkpoint and its result
-            if ranks.is_main:
-                discard_older(checkpoint, recipe.train.save_total_limit)
-            return model, sidecar
+    if checkpoint is not None and _takes_up(checkpoint, source, model, begun):
+        return model, sidecar
     experts = any("expert" in name for name in trainable_names(model))
     if begun.shard == "fsdp2":
         shard_model(loss_model, ranks, begun.device)
@@ -171,6 +165,18 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     finally:
         metrics.close()
     return model, sidecar
+
+
+def _takes_up(checkpoint: Path, source: Mapping[str, str], model: TrainedModel, begun: Start) -> bool:
+    """Put the weights of `checkpoint` into `model`; whether nothing is left to do but to write the result."""
+    require_source(checkpoint, source)
+    with explained_states(checkpoint):
+        load_trained(model, checkpoint)
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))  # of another version of the library?
+    done = checkpoint_step(checkpoint) == begun.recipe.train.steps
+    if done and begun.ranks.is_main:  # no later save will
+        discard_older(checkpoint, begun.recipe.train.save_total_limit)
+    return done
 
 
 def _base(begun: Start) -> tuple[PreTrainedModel, str]:
