@@ -7,6 +7,7 @@ count, and leaving out steps whose loss or gradient is no number (`guard.py`).
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ from longlora.training.guard import StepGuard
 from longlora.training.loss_model import weight_of_batches
 from longlora.training.saved import Batches, Unlogged, explained_states, saved_in
 from longlora.training.sharding import is_sharded, own_states, whole_states, whole_weights
+
+_TORCH_WRITES = re.compile("PytorchStreamWriter|inline_container|iostream")
+"""In what torch says when it cannot write a file."""
 
 
 class LongContextTrainer(Trainer):  # type: ignore[misc]
@@ -168,7 +172,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
                 raise
             if self.ranks.is_main:  # who may be writing there still
                 discard_unfinished(checkpoints)
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or (isinstance(error, RuntimeError) and not _TORCH_WRITES.search(str(error))):
                 raise
             free = shutil.disk_usage(checkpoints).free
             raise RunFolderError(
