@@ -14,7 +14,7 @@ COMMON = (
     "context.rope_type=linear", "context.rope_factor=2", "attention.group_size=null", "attention.group_size_ratio=0.25",
     "attention.sink_tokens=4", "train.learning_rate=3e-4", "train.grad_accum_steps=1", "train.warmup_steps=0",
     "train.save_steps=1000000", "train.validation_steps=null", "train.activation_checkpointing=false",
-    "memory=unchecked", "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]",
+    "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]",
     "eval.perplexity.max_documents=2", "eval.passkey.depths=[0.05,0.3,0.55,0.8]",
 )  # fmt: skip
 
