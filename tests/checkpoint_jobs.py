@@ -92,12 +92,12 @@ def made(folder: Path, step: int, *, aside: bool = True) -> Path:
 
 def train_or_resume(run_dir: Path) -> str:
     """``longlora train --or-resume`` of a run folder; what ended it, or "done"."""
-    from longlora.training.checkpoint import has_whole_checkpoint
+    from longlora.training.checkpoint import has_checkpoint
     from longlora.training.trainer import train
 
     run = RunFolder(run_dir)
     try:
-        train(load_recipe(run.recipe), Console(quiet=True), resume=has_whole_checkpoint(run.checkpoints))
+        train(load_recipe(run.recipe), Console(quiet=True), resume=has_checkpoint(run.checkpoints))
     except LongLoraError as error:
         return f"{type(error).__name__}: {error}"
     return "done"

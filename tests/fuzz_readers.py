@@ -25,7 +25,7 @@ from longlora.data.instruct_tokens import Encoder
 from longlora.data.shards import TokenRow, open_shard, write_rows, write_shard
 from longlora.evaluation.loss.texts import read_texts
 from longlora.evaluation.report.records import read_evaluations
-from longlora.evaluation.report.training_log import read_training
+from longlora.evaluation.report.training_log import read_training, skipped_steps
 from longlora.evaluation.samples import Samples
 from longlora.inference.files import text_of
 from longlora.model.adapter_files import require_own_adapter
@@ -211,6 +211,7 @@ class Evaluations:
                     samples.get("a")
             elif which == 2:
                 read_training(self._run)
+                skipped_steps(self._run)
             else:
                 read_evaluations(self._run)
         finally:

@@ -37,8 +37,8 @@ class Checkpoint:
             (self._folder / name).write_bytes(name.encode())
         (self._folder / STATE).write_text(json.dumps({"global_step": 3, "log_history": [{"loss": 1.0}]}))
         complete_checkpoint(
-            self._folder, keep=2, batches=Batches(1, 4, 2), processes=2, source={"data": "abc", "model": "def"},
-            unlogged=Unlogged(since=2, sums=(1.0, 2.0)),
+            self._folder, weights=ADAPTER_WEIGHTS, keep=2, batches=Batches(1, 4, 2), processes=2,
+            source={"data": "abc", "model": "def"}, unlogged=Unlogged(since=2, sums=(1.0, 2.0)),
         )  # fmt: skip
         self._names = (MANIFEST, STATE)
         self._good = [(self._folder / name).read_bytes() for name in self._names]

@@ -97,7 +97,7 @@ def launch(
         options: of the launcher.
         environment: variables on top of this process's.
         trouble: ``WHAT:RANK:STEP`` for `launch_trouble.py`; what is ``killed``, ``signal``, ``error``, ``nan``,
-            ``recipe``, ``data`` or ``no deepspeed``.
+            ``gradient``, ``recipe``, ``data`` or ``no deepspeed``.
         meanwhile: is called once the launcher runs, for example to kill one of its processes.
 
     Raises:

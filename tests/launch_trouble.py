@@ -26,9 +26,12 @@ def happen(what: str) -> None:
 
 
 def prepare(what: str, step: int) -> None:
+    from guard_jobs import bad_gradient, nan_loss
+
     from longlora.training.loop import LongContextTrainer
     from longlora.training.loss_model import LossModel
 
+    spoilers = {"nan": nan_loss, "gradient": bad_gradient}
     train_step, forward = LongContextTrainer.training_step, LossModel.forward
     now = [0]
 
@@ -40,7 +43,8 @@ def prepare(what: str, step: int) -> None:
 
     def damaged(self: Any, *arguments: Any, **named: Any) -> Any:
         outputs = forward(self, *arguments, **named)
-        return {"loss": outputs["loss"] * float("nan")} if what == "nan" and now[0] == step else outputs
+        spoil = spoilers.get(what) if now[0] == step else None
+        return {"loss": spoil(outputs["loss"])} if spoil else outputs
 
     LongContextTrainer.training_step, LossModel.forward = noted, damaged  # type: ignore[method-assign]
 

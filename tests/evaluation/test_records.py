@@ -13,7 +13,7 @@ from report_cases import benchmarks, evaluation, passkey, save
 from longlora.artifacts import RunFolder
 from longlora.errors import RunFolderError
 from longlora.evaluation.report.records import read_evaluations
-from longlora.evaluation.report.training_log import read_training
+from longlora.evaluation.report.training_log import read_training, skipped_steps
 from longlora.evaluation.report.write import write_report
 
 
@@ -145,6 +145,14 @@ def test_training_rows(empty: RunFolder) -> None:
     lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": NaN}', '{"step": 3, "loss": 2.0}', '{"runtime": 5}']
     empty.metrics.write_text("\n".join([*lines, '{"step": 3, "loss": 1.5}', '{"step": 4, "lo']), encoding="utf-8")
     assert [(row.step, row.loss) for row in read_training(empty)] == [(1, 3.0), (3, 1.5)]
+    assert skipped_steps(empty) == 0
+    lines[1] = '{"step": 2, "loss": null, "skipped_steps": 1}'
+    more = ['{"step": 5, "loss": 1.0, "skipped_steps": 2}', '{"step": 6, "loss": 1.0, "skipped_steps": "a"}']
+    empty.metrics.write_text("\n".join([*lines, *more]), encoding="utf-8")
+    assert skipped_steps(empty) == 3
+    write_report([empty], empty)
+    text = "Steps left out, as a loss or gradient was no number or nothing was predicted: 3."
+    assert text in empty.report_html.read_text(encoding="utf-8")
     empty.metrics.write_text("{broken\n" + lines[0] + "\n", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl line 1 is not JSON: remove that line"):
         write_report([empty], empty)

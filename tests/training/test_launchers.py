@@ -96,9 +96,9 @@ def test_a_checkpoint_says_its_batches(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "weights").write_text("x")
-    complete_checkpoint(folder, keep=1, batches=Batches(1, 2, 4))
+    complete_checkpoint(folder, weights="weights", keep=1, batches=Batches(1, 2, 4))
     assert batches_of(folder) == Batches(1, 2, 4)
-    complete_checkpoint(folder, keep=1)
+    complete_checkpoint(folder, weights="weights", keep=1)
     assert batches_of(folder) is None
 
 

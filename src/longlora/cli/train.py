@@ -71,12 +71,12 @@ def _goes_on(run: RunFolder, recipe: Path, overrides: list[str] | None) -> bool:
 
     All processes of a run find the same: none writes before all have joined (`longlora.training.start`).
     """
-    from longlora.training.checkpoint import has_whole_checkpoint
+    from longlora.training.checkpoint import has_checkpoint
 
     if run.trained.exists():
         console().print(f"finished before: {run.trained}", highlight=False)
         return True
-    if has_whole_checkpoint(run.checkpoints):
+    if has_checkpoint(run.checkpoints):
         resume(recipe, overrides)
         return True
     return False

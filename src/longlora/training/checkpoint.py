@@ -32,7 +32,7 @@ __all__ = [
     "complete_checkpoint",
     "discard_older",
     "discard_unfinished",
-    "has_whole_checkpoint",
+    "has_checkpoint",
     "newest_checkpoint",
     "saving_folder",
 ]
@@ -59,6 +59,7 @@ def discard_unfinished(checkpoints: Path) -> None:
 def complete_checkpoint(
     folder: Path,
     *,
+    weights: str,
     keep: int,
     batches: Batches | None = None,
     processes: int | None = None,
@@ -71,6 +72,7 @@ def complete_checkpoint(
 
     Args:
         folder: lies in `saving_folder`, or in its place already.
+        weights: the name of the file of weights.
         keep: whole checkpoints that are left, with this one.
         batches: a run that goes on needs steps of as many rows.
         processes: of the run; None if nobody goes on from it.
@@ -89,7 +91,7 @@ def complete_checkpoint(
         "unlogged": unlogged and unlogged.model_dump(),
     }
     facts = {name: value for name, value in facts.items() if value is not None}
-    if processes is not None and (lacking := _lacking({path.name for path in folder.iterdir()}, processes, None)):
+    if processes is not None and (lacking := _lacking({path.name for path in folder.iterdir()}, processes, weights)):
         raise RunFolderError(
             f"{folder} lacks {', '.join(lacking)} of {processes} processes: run_dir must be on a file system that all "
             "machines share"
@@ -171,7 +173,7 @@ def _verify(folder: Path, weights: str) -> None:
         raise RunFolderError(f"{folder / _STATE} is of step {step!r:.40}, not {named}: {_PASSED_OVER}")
 
 
-def _lacking(files: Collection[str], processes: int | None, weights: str | None) -> list[str]:
+def _lacking(files: Collection[str], processes: int | None, weights: str) -> list[str]:
     """Names that are not in `files` and without which a run would go on otherwise than it did.
 
     Of None processes, as earlier versions saved, at least one has random states.
@@ -180,12 +182,11 @@ def _lacking(files: Collection[str], processes: int | None, weights: str | None)
         random = ["rng_state_0.pth" if "rng_state_1.pth" in files else "rng_state.pth"]
     else:
         random = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-    wanted = [*([weights] if weights else []), *_STATES, *random]
-    return [name for name in wanted if name not in files]
+    return [name for name in (weights, *_STATES, *random) if name not in files]
 
 
-def has_whole_checkpoint(folder: Path) -> bool:
-    """Whether there is a checkpoint in `folder` that says it is whole."""
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder` that came to its end, be it damaged now: nothing starts over then."""
     return any((path / MANIFEST).exists() for path in _newest_first(folder))
 
 

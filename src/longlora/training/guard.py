@@ -64,14 +64,22 @@ class StepGuard(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """For trainer_state.json."""
-        return {"args": {}, "attributes": {"skipped": self._skipped, "interval": asdict(self._interval)}}
+        attributes = {
+            "skipped": self._skipped,
+            "interval": asdict(self._interval),
+            "unlabelled_said": self._unlabelled_said,
+            "spikes": self._spikes.state(),
+        }
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A checkpoint of an earlier version has nothing of it.
-        known = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        # A checkpoint of an earlier version has nothing of it, or not all.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        known = self.state()["attributes"] | saved
         self._skipped, self._interval = known["skipped"], _Interval(**known["interval"])
+        self._unlabelled_said, self._spikes = known["unlabelled_said"], SpikeWatch(**known["spikes"])
 
     @property
     def begins(self) -> bool:
@@ -205,9 +213,14 @@ class SpikeWatch:
     smallest = 0.02
     """What at least counts as a deviation, as a part of the median: a smooth curve has next to none."""
 
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=self.recent)
-        self._above = False
+    def __init__(self, losses: Sequence[float] = (), above: bool = False) -> None:
+        """With what `state` of an earlier one gave, it goes on as that one."""
+        self._losses = deque(losses, maxlen=self.recent)
+        self._above = above
+
+    def state(self) -> dict[str, Any]:
+        """What it was told, for JSON."""
+        return {"losses": list(self._losses), "above": self._above}
 
     def above(self, loss: float) -> float | None:
         """The median, if `loss` is a spike and the loss before was none."""

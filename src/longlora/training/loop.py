@@ -50,6 +50,8 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
     """Which of the processes of the run this one is."""
     source: Mapping[str, str] = MappingProxyType({})
     """What is trained on what, by name: what a run that goes on must have in common with this one."""
+    weights: str
+    """The name of the file of weights in a checkpoint."""
     guard: StepGuard
     """Which steps may be taken."""
     _loss_before: Tensor
@@ -161,6 +163,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             if self.ranks.is_main:
                 complete_checkpoint(
                     folder,
+                    weights=self.weights,
                     keep=self.checkpoints_kept,
                     batches=self._batches(),
                     processes=self.ranks.world,

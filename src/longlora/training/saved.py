@@ -149,6 +149,6 @@ def explained_states(folder: Path) -> Iterator[None]:
             raise
         words = " ".join(str(error).split())[:200] or type(error).__name__
         raise RunFolderError(
-            f"the states in {folder} do not fit the run ({words}): remove that folder, and `longlora resume` goes on "
-            "from the checkpoint before it"
+            f"the states in {folder} do not fit the run ({words}): remove that folder; `longlora resume` goes on from "
+            "the checkpoint before it, and where there is none `longlora train` starts again"
         ) from error

@@ -175,7 +175,9 @@ def _same_rows(recipe: Recipe, checkpoint: Path, ranks: Ranks, console: Console)
     dropout = recipe.adapter.lora_dropout > 0
     if before.processes == ranks.data_world:
         if dropout and saved.processes not in (None, ranks.world):
-            console.print(f"on {ranks.world} instead of {saved.processes} processes: dropout draws other numbers")
+            console.print(
+                f"on {ranks.world} instead of {saved.processes} processes: dropout draws other numbers", highlight=False
+            )
         return before.steps
     now = before.on(ranks.data_world)
     console.print(

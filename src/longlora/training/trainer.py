@@ -36,10 +36,11 @@ from longlora.model.trainable import (
     make_trainable,
     parameter_counts,
     source_of_training,
+    weights_file,
 )
 from longlora.planning.out_of_memory import explained_out_of_memory
 from longlora.training.attention_schedule import AttentionSchedule
-from longlora.training.checkpoint import checkpoint_step, discard_older, has_whole_checkpoint
+from longlora.training.checkpoint import checkpoint_step, discard_older, has_checkpoint
 from longlora.training.collectives import leave, require_same
 from longlora.training.guard import StepGuard
 from longlora.training.interrupt import StopOnSignal
@@ -82,7 +83,7 @@ def _trained(begun: Start) -> Path:
         begun.memory,
         begun.device,
         step=lambda: metrics.step,
-        resumable=lambda: has_whole_checkpoint(run.checkpoints),
+        resumable=lambda: has_checkpoint(run.checkpoints),
         processes=begun.ranks.local_world,
     ):
         model, sidecar = _train(begun, metrics)
@@ -152,7 +153,7 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
     trainer.checkpoints_kept, trainer.ranks, trainer.source = recipe.train.save_total_limit, ranks, source
-    trainer.guard = guard
+    trainer.guard, trainer.weights = guard, weights_file(recipe.adapter)
     if begun.shard == "fsdp2":
         trainer.take_sharded_model()
     if ranks.is_main:

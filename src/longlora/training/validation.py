@@ -116,7 +116,7 @@ def validation(
 def validation_loss(model: LossModel, dataset: PackedDataset, rows: int, batches: RowBatches | None = None) -> float:
     """Mean loss, weighted as in training, over the first `rows` rows with full attention; `model` stays as it was.
 
-    The same on all processes.
+    The same on all processes. NaN where nothing is predicted in them.
     """
     batches = batches or RowBatches()
     ranks, device = batches.ranks, model.model.device
@@ -136,4 +136,5 @@ def validation_loss(model: LossModel, dataset: PackedDataset, rows: int, batches
         model.train(was_training)
         free_gathered(model)
     sums = gathered(ranks, (total, weight))
-    return sum(total for total, _ in sums) / sum(weight for _, weight in sums)
+    weight = sum(weight for _, weight in sums)
+    return sum(total for total, _ in sums) / weight if weight else math.nan

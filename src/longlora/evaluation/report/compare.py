@@ -16,7 +16,7 @@ from longlora.artifacts import RunFolder
 from longlora.errors import RunFolderError
 from longlora.evaluation.report.records import LABELS, VARIANTS, Evaluation, read_evaluations
 from longlora.evaluation.report.tables import BEYOND, printable
-from longlora.evaluation.report.training_log import TrainingRow, read_training
+from longlora.evaluation.report.training_log import TrainingRow, read_training, skipped_steps
 
 _NAME_LENGTH = 28
 
@@ -42,7 +42,8 @@ class Run:
 
     `missing` are variants that its settings ask for and that were not measured. `borrowed` are variants that another
     folder of the comparison measured for the same model, `doubled` those that another folder measured as well and whose
-    rows are shown. `left_out` says in words which rows of the folder are not shown, and why.
+    rows are shown. `left_out` says in words which rows of the folder are not shown, and why. `skipped_steps` are those
+    that training did not take.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run:
     doubled: tuple[str, ...]
     left_out: tuple[str, ...]
     training: tuple[TrainingRow, ...]
+    skipped_steps: int
     recipe: str | None
 
     @property
@@ -122,6 +124,7 @@ def read_comparison(folders: Sequence[RunFolder]) -> Comparison:
                 doubled=tuple(variant for variant in evaluations if held[variant].runs[0] != name),
                 left_out=item.left_out,
                 training=tuple(read_training(folder)),
+                skipped_steps=skipped_steps(folder),
                 recipe=_recipe(folder),
             )
         )

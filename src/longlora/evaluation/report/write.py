@@ -255,7 +255,10 @@ def _training_text(run: Run) -> str:
         facts.append(f"{last.tokens:,.0f} tokens")
     if last.seconds is not None:
         facts.append(duration(last.seconds))
-    return f"First logged step: step {first.step}, loss {first.loss:.3f}. Last: {', '.join(facts)}."
+    text = f"First logged step: step {first.step}, loss {first.loss:.3f}. Last: {', '.join(facts)}."
+    if run.skipped_steps:
+        text += f" Steps left out, as a loss or gradient was no number or nothing was predicted: {run.skipped_steps}."
+    return text
 
 
 def _cost(comparison: Comparison) -> tuple[Block, ...]:
