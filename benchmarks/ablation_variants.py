@@ -99,6 +99,22 @@ _ATTENTION = (
     _s2("S2, T/4, 4 sinks, all heads of every other layer shifted", sinks=4, more=("attention.shift=layers",)),
 )
 
+# Interpolation makes SmolLM2 forget how to look a number up, and few steps do not bring that back; yarn does not.
+_YARN = ("context.rope_type=yarn", "eval.passkey.num_trials=2")
+_RETRIEVAL = tuple(
+    Variant(f"{name}, yarn", (*_YARN, *how), matters=False)
+    for name, how in (
+        ("RoPE only, untrained", UNTRAINED.overrides),
+        ("full attention", FULL_ATTENTION.overrides),
+        ("S2, T/4, no sinks (paper)", ("attention.sink_tokens=0",)),
+        ("S2, T/4, 4 sinks", ()),
+        ("no shift, T/4, 4 sinks", (_NO_SHIFT,)),
+        ("S2, T/4, 4 sinks, last 20% full", (_last(0.2),)),
+        ("S2, T/4, 4 sinks, rate 1e-4", ("train.learning_rate=1e-4",)),
+        ("full attention, rate 1e-4", (*FULL_ATTENTION.overrides, "train.learning_rate=1e-4")),
+    )
+)
+
 _LORA_ALONE = ("adapter.train_embeddings=false", "adapter.train_norms=false")
 _FULL = ("adapter.method=full",)
 
@@ -133,6 +149,7 @@ _RATES = tuple(
 
 EXPERIMENTS: dict[str, tuple[Variant, ...]] = {
     "attention": _ATTENTION,
+    "retrieval": _RETRIEVAL,
     "trained": _TRAINED,
     "rope": tuple(
         variant for factor in (2, 4) for kind in ("linear", "yarn", "theta") for variant in _rope(kind, factor)

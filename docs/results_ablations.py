@@ -14,6 +14,7 @@ from ablation_variants import EXPERIMENTS, FULL_ATTENTION, UNTRAINED, Size, Vari
 _SEEDS = range(10)
 _TITLES = {
     "attention": "Attention in training",
+    "retrieval": "Retrieval, with yarn",
     "trained": "What is trained",
     "rope": "RoPE",
     "rate": "Learning rate",
@@ -73,7 +74,7 @@ def ablations() -> list[str]:
     rows = [row for row in every if int(row["context"]) == context]
     size = Size(context, max(int(row["steps"]) for row in rows))
     found = Ablations(rows, size)
-    command = f"attention trained rope rate --context {size.context} --steps {size.steps}"
+    command = f"attention retrieval trained rope rate --context {size.context} --steps {size.steps}"
     parts = [
         "## What helps",
         f"`python benchmarks/ablate.py {command}`: SmolLM2-135M-Instruct, RoPE interpolated by 2, {size.steps} steps "
