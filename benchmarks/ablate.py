@@ -1,19 +1,20 @@
 """Which parts of the method help, on SmolLM2-135M-Instruct: a run of training and measuring for each variant and seed.
 
 python benchmarks/ablate.py attention --seeds 3     appends to benchmarks/results/ablations.csv
-python benchmarks/ablate.py trained rope rate --part 1/2     the other half in another process
 Weights and texts come out of pinned Python packages, as in `longlora quickstart`; two documents and all others of their
 authors are held out. A run whose row is there already is not repeated, so a script that was stopped goes on where it
-was. Seeds come last: the first of every variant, then the second of those that matter. Every run is `longlora train`
-and `longlora eval` in processes of their own.
+was, and several processes at once share the runs (each with OMP_NUM_THREADS=1). Seeds come last: the first of every
+variant, then the second of those that matter. Every run is `longlora train` and `longlora eval` in new processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,8 +31,10 @@ from rows import RESULTS, append_rows
 from longlora.artifacts import RunFolder, read_json, write_atomic
 from longlora.config import Recipe, dump_recipe
 from longlora.data.prepare import prepare_shards
+from longlora.errors import RunFolderError
 from longlora.model.build import load_tokenizer, tokenizer_hash
 from longlora.quickstart.run import quickstart_recipe
+from longlora.storage import exclusive
 
 NAME = "ablations"
 Work = tuple[str, Variant, int]
@@ -53,6 +56,18 @@ def done() -> set[str]:
         return set()
     with path.open(encoding="utf-8") as handle:
         return {row["settings"] for row in csv.DictReader(handle)}
+
+
+@contextlib.contextmanager
+def taken(identity: str) -> Iterator[bool]:
+    """Whether no other process is at this run; until the block ends no other will be."""
+    with contextlib.ExitStack() as held:
+        mine = True
+        try:
+            held.enter_context(exclusive(RESULTS / f".{NAME}-{identity}.lock", "this run", "ablate.py"))
+        except RunFolderError:
+            mine = False
+        yield mine
 
 
 class Shards:
@@ -130,7 +145,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", help="variants whose names hold this")
-    parser.add_argument("--part", default="1/1", help="of the missing runs, for several processes: 1/2 and 2/2")
     parser.add_argument("--seconds", type=float, default=7200, help="that each stage of a run may take")
     parser.add_argument("--list", action="store_true", help="say what is missing, and run nothing")
     args = parser.parse_args()
@@ -141,8 +155,6 @@ def main() -> None:
         for experiment, variant, seed in planned(args.experiments, args.seeds, args.only)
         if variant.identity(size, seed) not in finished
     ]
-    part, parts = map(int, args.part.split("/"))
-    missing = missing[part - 1 :: parts]
     for experiment, variant, seed in missing if args.list else []:
         print(f"{experiment}: {variant.name}, seed {seed}")
     if args.list or not missing:
@@ -151,19 +163,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         shards = Shards(Path(temporary) / "shards", size)
         for number, (experiment, variant, seed) in enumerate(missing, 1):
-            print(f"{number} of {len(missing)}: {experiment}, {variant.name}, seed {seed}", flush=True)
-            run, recipe = shards.run_folder(Path(temporary) / f"run-{number}", variant, seed)
-            if variant.identity(size, seed) in done():  # under another name, in another experiment
-                continue
-            row = {
-                "settings": variant.identity(size, seed),
-                "variant": variant.name,
-                "seed": seed,
-                "context": size.context,
-            }
-            row |= measured(run, recipe, args.seconds)
-            append_rows(NAME, [row], torch.device("cpu"))
-            print(json.dumps(row), flush=True)
+            identity = variant.identity(size, seed)
+            with taken(identity) as mine:
+                if not mine or identity in done():  # under another name, or by another process
+                    continue
+                print(f"{number} of {len(missing)}: {experiment}, {variant.name}, seed {seed}", flush=True)
+                run, recipe = shards.run_folder(Path(temporary) / f"run-{number}", variant, seed)
+                row = {"settings": identity, "variant": variant.name, "seed": seed, "context": size.context}
+                row |= measured(run, recipe, args.seconds)
+                append_rows(NAME, [row], torch.device("cpu"))
+                shutil.rmtree(run.root)
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
