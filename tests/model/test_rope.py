@@ -1,5 +1,7 @@
 """RoPE: what is written into the config, and that the built model uses it."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import llama_config
@@ -13,8 +15,8 @@ from transformers import (
     Phi3Config,
 )
 
-from longlora.errors import LongLoraError
-from longlora.model.rope import assert_rope_applied, rescale_rope
+from longlora.errors import LongLoraError, ModelError
+from longlora.model.rope import assert_rope_applied, current_context, rescale_rope
 
 BASE = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)
 
@@ -120,6 +122,19 @@ def test_models_without_rope_or_with_another_scaling_are_refused() -> None:
         rescale_rope(yarn, 256, "linear")
     with pytest.raises(LongLoraError, match="'dynamic' of the model cannot be rescaled"):
         rescale_rope(llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 4096)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"factor": "8"}, {"original_max_position_embeddings": "64"}, {"rope_theta": None}, {"factor": True}]
+)
+def test_what_is_no_number_is_refused_by_name(damage: dict[str, Any]) -> None:
+    config = llama_config()
+    config.rope_parameters = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64, **damage
+    }  # fmt: skip
+    (name,) = damage
+    with pytest.raises(ModelError, match=f"rope_parameters of the model: {name} is .*, not a positive number"):
+        current_context(config)
 
 
 def test_layers_with_a_window_keep_their_own_rope() -> None:

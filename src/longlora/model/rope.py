@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from longlora.config import Recipe
 from longlora.errors import ModelError
 
+_NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor")
 _RESCALABLE = ("default", "linear", "yarn", "llama3")
 
 
@@ -117,13 +118,17 @@ def _unchanged(recipe: Recipe, config: PreTrainedConfig, original: int) -> tuple
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    """RoPE of the full-attention layers; `ModelError` for a model without RoPE."""
+    """RoPE of the full-attention layers; `ModelError` for a model without RoPE, or whose numbers are none."""
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
         raise ModelError(f"model type {config.model_type!r} has no rotary position embeddings to rescale")
     # Models that mix windows keep one set per layer type; only full-attention layers see the longer context.
     if "full_attention" in parameters:
         parameters = parameters["full_attention"]
+    for name in _NUMBERS:
+        value = parameters.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(f"rope_parameters of the model: {name} is {value!r:.40}, not a positive number")
     return dict(parameters)
 
 
