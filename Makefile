@@ -1,5 +1,5 @@
 # Every target works in the active virtual environment. The same commands run in CI (.ci/run) and pre-commit.
-.PHONY: install test test-slow lint audit fix figures quickstart
+.PHONY: install test test-slow lint audit fix figures quickstart release
 
 install:
 	pip install -c constraints.txt -e '.[quickstart,dev]'
@@ -27,3 +27,6 @@ figures:
 
 quickstart:
 	longlora quickstart
+
+release:
+	.ci/release

@@ -53,6 +53,7 @@ def command_lines(text: str) -> list[list[str]]:
         command: list[str] | None = None
         for word in shlex.split(line.removeprefix("$ "), comments=True):
             if word == "longlora":
+                assert command is None, f"two commands and nothing between them: {line}"
                 command = []
                 found.append(command)
             elif word in SEPARATORS:

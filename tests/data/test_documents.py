@@ -118,6 +118,17 @@ class TestFolders:
             (tmp_path / f"{name}.txt").write_text(name)
         assert [name for name, _ in pairs(tmp_path / "b.txt", tmp_path / "a.txt")] == ["b", "a"]
 
+    def test_files_of_other_types_are_named(self, tmp_path: Path) -> None:
+        for name in ("b.pdf", "a.txt", "sub/c.HTML", "sub/.hidden.pdf", "noext"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("text")
+        report = ReadReport()
+        found = read_documents([str(tmp_path)], "text", report)
+        assert report.other_files == ["b.pdf", "noext", "sub/c.HTML"]
+        assert [document.name for document in found] == ["a"]
+        left_out = "3 not .txt, .md, .jsonl or .parquet (b.pdf, noext, sub/c.HTML)"
+        assert report.summary() == f"read 1 document; left out: {left_out}"
+
     def test_folder_without_known_files(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("x")
         with pytest.raises(DataError, match=r"holds no \.txt, \.md, \.jsonl or \.parquet file"):

@@ -24,6 +24,9 @@ _INTERRUPTED = 130
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Merged model, adapter or run folder, or a hub id.")
 ]
+ServedArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Merged model, a run folder that holds one, or a hub id; no adapter.")
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens kept free for an answer.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token; higher is more random.")]
 TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability together.")]
@@ -100,7 +103,7 @@ def chat(
     Chat(session, out, input, max_new_tokens=max_new_tokens, sampling=sampling).run(files or [])
 
 
-def serve(model: ModelArgument, host: Host = LOOPBACK, port: Port = 8000) -> None:
+def serve(model: ServedArgument, host: Host = LOOPBACK, port: Port = 8000) -> None:
     """Serve a merged model over an OpenAI-compatible API, by transformers' own server."""
     from longlora.inference.address import warning
 

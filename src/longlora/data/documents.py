@@ -51,9 +51,17 @@ class ReadReport:
     too_short: list[str] = field(default_factory=list)
     """Names of documents with fewer tokens than asked for; `write_shard` fills it."""
 
+    other_files: list[str] = field(default_factory=list)
+    """Files of folders that are of a type nothing here reads, such as PDFs."""
+
     def summary(self) -> str:
         """One line, for example ``read 12 documents; left out: 2 empty (a, b), 1 undecodable (c)``."""
-        kinds = (("empty", self.empty), ("undecodable", self.undecodable), ("too short", self.too_short))
+        kinds = (
+            ("empty", self.empty),
+            ("undecodable", self.undecodable),
+            ("too short", self.too_short),
+            (f"not {any_of(SUFFIXES)}", self.other_files),
+        )
         left_out = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names]
         read = f"read {self.documents} document{'' if self.documents == 1 else 's'}"
         return f"{read}; left out: {', '.join(left_out)}" if left_out else read
@@ -70,12 +78,12 @@ def read_documents(sources: Sequence[str], text_field: str, report: ReadReport) 
             ids ``id`` or ``id:split`` (split ``train`` unless given). Remote code is never run.
         text_field: the column with the text in .jsonl, .parquet and datasets.
         report: counts documents and names those left out because they are empty or not UTF-8, while the result is
-            iterated. A byte order mark is dropped, and line ends of text files become ``\\n``.
+            iterated, and at once what folders hold of other types. A byte order mark is dropped, and line ends of text files become ``\\n``.
 
     Raises:
         DataError: a source does not exist, cannot be read, is of an unknown type or lacks the text field.
     """
-    readers = [reader for source in sources for reader in _readers(source)]
+    readers = [reader for source in sources for reader in _readers(source, report)]
     return _decoded((raw for reader in readers for raw in reader(text_field)), report)
 
 
@@ -91,14 +99,14 @@ def _decoded(raws: Iterable[Raw], report: ReadReport) -> Iterator[Document]:
             yield Document(name, text)
 
 
-def _readers(source: str) -> list[Reader]:
-    """One reader for each file or dataset that `source` stands for."""
+def _readers(source: str, report: ReadReport) -> list[Reader]:
+    """One reader for each file or dataset that `source` stands for; `report` names files that it passes over."""
     if not source.strip():
         raise DataError(f"source {source!r} is empty: give a file, a folder or a hub id")
     path = local_path(source)
     try:
         if path.is_dir():
-            return [saved_dataset_reader(path)] if _is_saved_dataset(path) else _folder_readers(path)
+            return [saved_dataset_reader(path)] if _is_saved_dataset(path) else _folder_readers(path, report)
         if path.is_file():
             return [file_reader(path, path.name)]
         exists = path.exists()
@@ -113,14 +121,16 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _folder_readers(folder: Path) -> list[Reader]:
-    paths = sorted(_known_files(folder), key=lambda path: path.relative_to(folder).as_posix())
-    if not paths:
+def _folder_readers(folder: Path, report: ReadReport) -> list[Reader]:
+    names = {path.relative_to(folder).as_posix(): path for path in _visible_files(folder)}
+    known = {name: path for name, path in sorted(names.items()) if path.suffix.lower() in SUFFIXES}
+    if not known:
         raise DataError(f"folder {folder} holds no {any_of(SUFFIXES)} file: give a folder with at least one")
-    return [file_reader(path, path.relative_to(folder).as_posix()) for path in paths]
+    report.other_files += sorted(names.keys() - known.keys())
+    return [file_reader(path, name) for name, path in known.items()]
 
 
-def _known_files(folder: Path) -> Iterator[Path]:
+def _visible_files(folder: Path) -> Iterator[Path]:
     visited: set[str] = set()
     # Not Path.rglob, which silently passes over unreadable folders and links to folders.
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
@@ -130,9 +140,7 @@ def _known_files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(resolved)
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent, name)
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
 def _raise(error: OSError) -> None:
