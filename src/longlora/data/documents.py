@@ -78,7 +78,8 @@ def read_documents(sources: Sequence[str], text_field: str, report: ReadReport) 
             ids ``id`` or ``id:split`` (split ``train`` unless given). Remote code is never run.
         text_field: the column with the text in .jsonl, .parquet and datasets.
         report: counts documents and names those left out because they are empty or not UTF-8, while the result is
-            iterated, and at once what folders hold of other types. A byte order mark is dropped, and line ends of text files become ``\\n``.
+            iterated, and at once what folders hold of other types. A byte order mark is dropped, and line ends of text
+            files become ``\\n``.
 
     Raises:
         DataError: a source does not exist, cannot be read, is of an unknown type or lacks the text field.
