@@ -6,6 +6,8 @@ import fcntl
 import json
 import logging
 import os
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import pytest
 from fault_jobs import hold_lock
 from killing import _end, _start
 
-from longlora.artifacts import RunFolder, lock_output, new_folder, write_atomic
+from longlora import storage
+from longlora.artifacts import RunFolder, lock_output
 from longlora.errors import RunFolderError
-from longlora.storage import put_folder, without_home
+from longlora.storage import exclusive, new_folder, put_folder, require_free_space, without_home, write_atomic
 
 
 class TestLock:
@@ -132,3 +135,58 @@ class TestLeftBehind:
 def test_the_home_folder_is_not_told(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     assert without_home(text) == expected
+
+
+def test_what_gets_its_name_is_on_the_disk_before_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        place = str(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path))
+        order.append("sync " + re.sub(r"\.longlora-[a-z0-9_]{8}", "", place))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> Path:
+        order.append(f"rename to {target.name}")
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_atomic(tmp_path / "a.json", "{}")
+    assert order == ["sync .a.json", "rename to a.json", "sync ."]
+    order.clear()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "in").mkdir()
+        (folder / "in" / "x").write_text("x")
+    assert sorted(order[:-2]) == ["sync .out", "sync .out/in", "sync .out/in/x"]
+    assert order[-2:] == ["rename to out", "sync ."]
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_lock_file_that_its_last_holder_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before the removal and locked after it, it would keep nobody out."""
+    path, lock = tmp_path / ".lock", storage.fcntl.flock
+    removed: list[int] = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        lock(descriptor, operation)
+        if not removed:
+            removed.append(descriptor)
+            path.unlink()
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    with exclusive(path, "a folder", "a test"):
+        assert path.exists(), "another process would make a new file and lock that"
+
+
+def test_what_does_not_fit_is_refused_from_the_first_byte_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**30 + 16 * 2**20))
+    require_free_space(tmp_path / "not" / "yet", 2**30, "it")
+    with pytest.raises(RunFolderError, match="it needs about 1.00 GiB"):
+        require_free_space(tmp_path, 2**30 + 1, "it")

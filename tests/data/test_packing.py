@@ -221,3 +221,9 @@ class TestCollate:
 
 def test_ignore_index_is_that_of_the_loss() -> None:
     assert chunked_loss.IGNORE_INDEX == IGNORE_INDEX
+
+
+def test_rows_of_shorter_documents_are_kept(shard_of: Callable[[list[int]], TokenShard]) -> None:
+    """`min_length` asks for one long document, and leaves none of the short ones out."""
+    dataset = PackedDataset(shard_of([20, 9, 8, 7]), 20, min_length=10)
+    assert [row.length for row in dataset.sequences] == [20, 17, 7]

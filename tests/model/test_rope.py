@@ -9,14 +9,17 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Phi3Config,
 )
 
+from longlora.config import build_recipe
 from longlora.errors import LongLoraError, ModelError
-from longlora.model.rope import assert_rope_applied, current_context, rescale_rope
+from longlora.model.rope import assert_rope_applied, current_context, rescale_for, rescale_rope
 
 BASE = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)
 
@@ -188,3 +191,56 @@ def test_a_larger_factor_than_needed_is_allowed_and_a_smaller_one_is_not() -> No
     assert config.max_position_embeddings == 128
     with pytest.raises(LongLoraError, match="rope_factor=1.5 is less than 128 / 64 tokens = 2"):
         rescale_rope(llama_config(), 128, "yarn", rope_factor=1.5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "theta"])
+def test_a_model_that_rotates_a_part_of_each_head(kind: str) -> None:
+    """16 numbers of a head, 8 of which turn: NTK-aware scaling is by the power 8 / 6."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, rope_parameters=rope,
+    )  # fmt: skip
+    assert_rope_applied(GPTNeoXForCausalLM(config), config)
+    extended, _ = rescale_rope(config, 128, kind)
+    assert_rope_applied(GPTNeoXForCausalLM(extended), extended)
+    if kind == "theta":
+        assert extended.rope_parameters["rope_theta"] == pytest.approx(10000.0 * 2 ** (8 / 6))
+
+
+def test_one_wrong_slow_frequency_and_another_attention_factor_are_noticed() -> None:
+    config, _ = rescale_rope(llama_config(), 256, "yarn")
+    model = LlamaForCausalLM(config)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq[-1] *= 1.01
+    with pytest.raises(LongLoraError, match="does not follow the config"):
+        assert_rope_applied(model, config)
+    rotary.inv_freq[-1] /= 1.01
+    assert_rope_applied(model, config)
+    rotary.attention_scaling = 1.0
+    with pytest.raises(LongLoraError, match="does not follow the config"):
+        assert_rope_applied(model, config)
+
+
+@pytest.mark.parametrize(
+    ("context", "known", "factor", "reach"),
+    [(32, None, None, 64), (64, None, None, 64), (65, None, 65 / 64, 65), (100, 128, None, 128)],
+)
+def test_instructions_rescale_only_beyond_what_the_model_handles(
+    context: int, known: int | None, factor: float | None, reach: int
+) -> None:
+    recipe = build_recipe({
+        "run_dir": "run", "model": {"name_or_path": "m", "original_context_length": known},
+        "context": {"context_length": context}, "attention": {"group_size": 16}, "data": {"kind": "instruct"},
+    })  # fmt: skip
+    config, change = rescale_for(recipe, llama_config())
+    assert config.rope_parameters.get("factor") == factor
+    assert config.max_position_embeddings == change.context_length == reach
+
+
+def test_numbers_that_are_not_given_are_those_of_transformers() -> None:
+    config = llama_config()
+    plain, _ = rescale_rope(config, 256, "linear")
+    config.rope_parameters = {**config.rope_parameters, "factor": None, "original_max_position_embeddings": None}
+    nothing, _ = rescale_rope(config, 256, "linear")
+    assert nothing.rope_parameters["factor"] == plain.rope_parameters["factor"]

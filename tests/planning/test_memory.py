@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from longlora.model.levers import apply_memory_levers
 from longlora.model.trainable import make_trainable
 from longlora.planning import rehearsal
 from longlora.planning.machines import Machine, gpu, this_machine
-from longlora.planning.memory import Memory, peak_memory
+from longlora.planning.memory import Memory, fits, peak_memory
 from longlora.planning.outline import outline
 from longlora.planning.rehearsal import rehearse, with_layers
 
@@ -232,3 +233,22 @@ def test_llama_2_7b_at_100k_fits_an_a100() -> None:
     """The paper needed eight of them for 100k tokens (table 4)."""
     settings = recipe(102400, **{"attention.group_size": 2048})
     assert memory(settings, llama_2_7b(), gpu("a100-80g")).peak < 80e9
+
+
+def test_what_is_offloaded_must_fit_into_main_memory() -> None:
+    parts = {field.name: 0 for field in fields(Memory) if field.name != "moment"}
+    made = Memory(**{**parts, "temporary": 100, "offloaded": 50}, moment="")
+    machine = this_machine()
+    for memory, host, room in ((100, 50, True), (99, 50, False), (100, 49, False)):
+        assert fits(made, replace(machine, memory_bytes=memory, host_bytes=host)) == room
+
+
+def test_weights_in_4_bits_take_what_they_and_their_scales_take() -> None:
+    """Three layers of 30,720 quantizable weights, and the largest of them expanded while it is used."""
+    config = small(num_hidden_layers=3)
+    plain, made = (
+        peak_memory(config, each, outline(config, each), this_machine())
+        for each in (recipe(1024), recipe(1024, **{"model.quantization": "nf4"}))
+    )
+    assert plain.frozen_weights - made.frozen_weights == pytest.approx(3 * 30_720 * (2 - 0.516), abs=1)
+    assert made.temporary - plain.temporary == 64 * 96 * 2

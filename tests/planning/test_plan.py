@@ -13,13 +13,14 @@ from tiny import llama_config
 
 from longlora.config import dump_recipe
 from longlora.errors import PlanError
+from longlora.planning import calibrate as calibration
 from longlora.planning.calibrate import calibrate
 from longlora.planning.flops import step_flops
 from longlora.planning.longest import longest_context, with_settings
 from longlora.planning.machines import gpu, this_machine, with_memory
 from longlora.planning.memory import peak_memory
 from longlora.planning.outline import outline
-from longlora.planning.plan import Plan, plan_run, require_fits, step_time
+from longlora.planning.plan import Plan, plan_run, require_fits, run_disk, step_time
 
 # Hours of 1000 steps of 64 sequences on 8 A100 (paper, table 12).
 TABLE_12 = [(8192, 6.0, 5.2), (16384, 14.0, 11.3), (32768, 36.5, 24.6), (65536, 92.5, 52.4)]
@@ -57,12 +58,18 @@ def test_the_final_phase_with_full_attention_costs_more() -> None:
     assert all_steps == pytest.approx(hours(pattern="full"))
 
 
-def test_text_files_that_reach_the_context_are_counted(tmp_path: Path) -> None:
-    for name, size in (("long.txt", 5000), ("short.md", 100), ("other.csv", 9000)):
+def test_text_files_that_reach_the_context_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("long.txt", 5000), ("short.md", 100), ("other.csv", 9000), (".hidden.txt", 9000)):
         (tmp_path / name).write_text("x" * size, encoding="utf-8")
     made = plan_run(recipe(1024, **{"data.train": [str(tmp_path)]}), small(), gpu("l4"))
     assert made.documents is not None
     assert (made.documents.documents, made.documents.reaching, made.documents.counted) == (2, 1, False)
+    (tmp_path / "home" / "books").mkdir(parents=True)
+    (tmp_path / "home" / "books" / "A.TXT").write_text("x" * 5000, encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    at_home = plan_run(recipe(1024, **{"data.train": ["~/books"]}), small(), gpu("l4")).documents
+    assert at_home is not None
+    assert at_home.reaching == 1
     assert plan_run(recipe(1024), small(), gpu("l4")).documents is None
 
 
@@ -187,3 +194,21 @@ def test_fit_prints_the_longest_and_does_not_fail(on_disk: str, longlora: Any) -
     code, out, _ = longlora("plan", on_disk, *arguments)
     assert code == 0
     assert "longest context that fits" in out
+
+
+def test_a_checkpoint_is_as_large_as_the_states_of_its_optimizer() -> None:
+    config = small(num_hidden_layers=2)
+    whole, small_states = (
+        run_disk(recipe(1024, **{"train.optimizer": optimizer}), config).checkpoints
+        for optimizer in ("adamw", "adamw_8bit")
+    )
+    assert 0.3 * whole < small_states < whole
+
+
+def test_layers_of_full_attention_can_be_timed() -> None:
+    """The probe has one layer, which need not be one of those that the recipe names."""
+    config = small(num_hidden_layers=4)
+    tokens = [
+        calibration._tokens(config, recipe(4096, **{"attention.full_attention_layers": full})) for full in ([], [3])
+    ]
+    assert tokens[0] == tokens[1] > 0

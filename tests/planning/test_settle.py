@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from longlora.config import Recipe
 from longlora.errors import ModelError, PlanError
 from longlora.planning import settle
-from longlora.planning.levers import levers, with_settings
-from longlora.planning.longest import longest_context
+from longlora.planning.levers import levers, with_levers, with_settings
+from longlora.planning.longest import cheapest_levers, longest_context
 from longlora.planning.machines import Machine, gpu, this_machine
 from longlora.planning.memory import Memory, peak_memory
 from longlora.planning.outline import outline
@@ -121,3 +121,27 @@ def test_a_model_that_cannot_be_planned_is_trained_with_a_word(monkeypatch: pyte
     settled = settle_memory(recipe(), CONFIG, machine(1))
     assert settled.memory is None
     assert "not planned: no such thing" in settled.line
+
+
+def test_a_lever_that_another_stands_on_stays() -> None:
+    """Activations can be offloaded only where they are checkpointed."""
+    chosen = recipe(CONTEXT, **{"train.activation_checkpointing": False})
+    pulled = cheapest_levers(chosen, gpu("l4"), lambda tried: tried.train.activation_offload)
+    settled = with_levers(chosen, pulled).train
+    assert (settled.activation_offload, settled.activation_checkpointing) == (True, True)
+
+
+def test_main_memory_that_is_too_small_is_what_is_said() -> None:
+    chosen = recipe(CONTEXT, **{"train.activation_offload": True})
+    memory = rehearsed(chosen, CONFIG, this_machine())
+    assert memory.offloaded > 0
+    short = replace(gpu("l4"), host_bytes=memory.offloaded - 1)
+    with pytest.raises(
+        PlanError, match=r"keeps .* GB of activations in main memory, .* train.activation_offload=false"
+    ):
+        settle_memory(chosen, CONFIG, short)
+
+
+def test_more_layers_to_a_checkpoint_than_there_are_offload_nothing() -> None:
+    settings = {"train.activation_offload": True, "train.activation_checkpointing_every": 8}
+    assert rehearsed(recipe(CONTEXT, **settings), CONFIG, this_machine()).offloaded == 0

@@ -109,3 +109,13 @@ def test_one_that_cannot_be_removed_is_said_and_does_not_count(
     complete_checkpoint(made(tmp_path, 4), weights=ADAPTER_WEIGHTS, keep=1, processes=1)
     assert "checkpoint-2 cannot be removed as a whole" in caplog.text
     assert not (tmp_path / "checkpoint-2" / MANIFEST).exists()
+
+
+def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
+    """As names, 10 comes before 8 and 9."""
+    for step in (8, 9, 10):
+        complete_checkpoint(made(tmp_path, step), weights=ADAPTER_WEIGHTS, keep=2, processes=1)
+        assert newest_checkpoint(tmp_path, ADAPTER_WEIGHTS) == (tmp_path / f"checkpoint-{step}", [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+    complete_checkpoint(made(tmp_path, 11), weights=ADAPTER_WEIGHTS, keep=2, processes=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11"]

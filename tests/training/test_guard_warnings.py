@@ -154,3 +154,10 @@ def test_batches_know_their_documents(tmp_path: Path, tiny_model_folder: Path) -
     for rank in range(2):
         assert StretchCollator(0, rank, 2, weighted=False)(rows)["stretch"].rows == (3, 1)
     assert StretchCollator(0, 0, 2, weighted=False)([])["stretch"].rows == ()
+
+
+def test_a_spike_is_five_standard_deviations_of_normal_noise() -> None:
+    """Losses of median 2 and median deviation 0.1: the limit is 2 + 5 * 0.14826."""
+    losses = [1.9, 2.1] * 10
+    assert SpikeWatch([*losses, 2.0]).above(2.74) is None
+    assert SpikeWatch([*losses, 2.0]).above(2.75) == 2.0

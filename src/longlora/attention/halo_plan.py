@@ -123,7 +123,7 @@ def stretch_length(tokens: int, world: int, pattern: Pattern) -> int:
     if pattern == FULL and world > 1:
         raise ModelError(
             f"full attention with the sequence cut across {world} ranks: a halo serves shifted sparse attention and "
-            "windows only; set parallel.sequence to 1, or no full-attention layers"
+            "windows only; full attention goes through `ulysses_attention`"
         )
     name, reach = ("window", pattern.size) if isinstance(pattern, WindowPattern) else ("group_size", pattern.group_size)
     if stretch < reach and world > 1:

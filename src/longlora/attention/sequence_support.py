@@ -111,7 +111,7 @@ def _recorded(found: list[LayerNeeds]) -> Any:
     ) -> tuple[Tensor, None]:
         if not isinstance(attention_mask, LazyMask):
             raise ModelError(f"S2-Attn got a ready-made attention mask of type {type(attention_mask).__name__}")
-        assert attention_mask.bounds_B  # refuses what is more than causal
+        _bounds_B = attention_mask.bounds_B  # reading it refuses what is more than causal
         window = attention_mask.window
         if window is not None and hides_nothing(window, module.config):
             window = None

@@ -206,7 +206,7 @@ def _import_deepspeed(purpose: str) -> ModuleType:
             return importlib.import_module("deepspeed.sequence.layer")
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"{purpose} takes DeepSpeed, and there is no {error.name} here: pip install longlora[deepspeed]"
+            f"{purpose} takes DeepSpeed, and there is no {error.name} here: pip install 'longlora[deepspeed]'"
         ) from error
     except Exception as error:  # it probes for compilers and devices while it loads
         raise ModelError(f"{purpose} takes DeepSpeed, which can't be loaded here ({error}): reinstall it") from error

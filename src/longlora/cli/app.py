@@ -20,6 +20,7 @@ from longlora import __version__
 from longlora.cli import bench, check, data, export, measure, plan, prepare, quickstart, train, use
 from longlora.errors import InterruptedRunError, LongLoraError, RecipeError
 from longlora.memory.allocator import keep_freed_memory, use_huge_pages
+from longlora.storage import is_disk_full
 from longlora.training.distributed import read_ranks
 from longlora.training.failures import report
 
@@ -78,7 +79,9 @@ def main() -> None:
             _report_bug(error)
             raise
         place = f" {error.filename}" if error.filename else ""
-        _fail(f"cannot write{place}: {error.strerror}; free space or choose another run_dir", 2, error)
+        if is_disk_full(error):
+            _fail(f"cannot write{place}: {error.strerror}; free space or choose another run_dir", 2, error)
+        _fail(f"no access to{place}: {error.strerror}; check its permissions or choose another run_dir", 2, error)
     except Exception as error:
         _report_bug(error)
         raise

@@ -94,7 +94,7 @@ def _say_what_training_does(out: Console, model: PreTrainedModel, settings: Prob
     from longlora.attention.registry import describe_attention
 
     # The backend depends on what reaches the layers in training; the model is in float32 here.
-    layers = describe_attention(model).partition("; backend ")[0]
+    layers = describe_attention(model)
     if settings is None:
         out.print(f"attention in training: {layers}, the model's own", highlight=False)
         return

@@ -185,6 +185,8 @@ def _fit(made: Plan) -> str:
     line = f"longest context that fits: {made.fit.as_it_is:,} tokens"
     if made.fit.levers:
         line += f"; {made.fit.with_levers:,} with {written(made.fit.levers)}"
+    if made.fit.across:
+        line += f"; {made.fit.across:,} with {written(made.fit.levers | made.fit.parallel)}"
     return line
 
 

@@ -6,7 +6,6 @@ Every reader yields pairs of a name and a raw text; what a raw text is and which
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from longlora.data.formats import (
     local_path,
     saved_dataset_reader,
     unreadable,
+    visible_files,
 )
 from longlora.errors import DataError
 
@@ -123,29 +123,12 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _folder_readers(folder: Path, report: ReadReport) -> list[Reader]:
-    names = {path.relative_to(folder).as_posix(): path for path in _visible_files(folder)}
+    names = {path.relative_to(folder).as_posix(): path for path in visible_files(folder)}
     known = {name: path for name, path in sorted(names.items()) if path.suffix.lower() in SUFFIXES}
     if not known:
         raise DataError(f"folder {folder} holds no {any_of(SUFFIXES)} file: give a folder with at least one")
     report.other_files += sorted(names.keys() - known.keys())
     return [file_reader(path, name) for name, path in known.items()]
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    visited: set[str] = set()
-    # Not Path.rglob, which silently passes over unreadable folders and links to folders.
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        resolved = os.path.realpath(parent)
-        if resolved in visited:  # a link that leads back
-            folders.clear()
-            continue
-        visited.add(resolved)
-        yield from (Path(parent, name) for name in files if not name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _first(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ Nothing is left out here; `documents.py` decides what is empty or undecodable.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -210,6 +211,34 @@ def unreadable(path: Path, error: OSError) -> DataError:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """All files of `folder` at any depth, also behind links, but for what begins with a dot.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    visited: set[str] = set()
+    # Not Path.rglob, which silently passes over unreadable folders and links to folders.
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        resolved = os.path.realpath(parent)
+        if resolved in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(resolved)
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def text_files(source: Path) -> list[Path]:
+    """The plain text files that a local source stands for, as far as they are there; sorted."""
+    files = visible_files(source) if source.is_dir() else [source]
+    return sorted(file for file in files if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
 
 
 def any_of(suffixes: Sequence[str]) -> str:

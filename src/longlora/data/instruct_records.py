@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlora.data.formats import any_of, decode, local_path, unreadable
+from longlora.data.formats import any_of, decode, local_path, unreadable, visible_files
 from longlora.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -55,11 +55,10 @@ def record_readers(source: str) -> list[Callable[[], Iterator[Record]]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    if not visible:
+    found = sorted(path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES)
+    if not found:
         raise DataError(f"folder {folder} holds no {any_of(SUFFIXES)} file: give a folder with at least one")
-    return visible
+    return found
 
 
 def _file_reader(path: Path) -> Callable[[], Iterator[Record]]:

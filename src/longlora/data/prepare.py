@@ -12,7 +12,7 @@ from rich.console import Console
 from longlora.artifacts import RunFolder, write_atomic
 from longlora.config import Recipe, dump_recipe
 from longlora.data.documents import ReadReport, read_documents
-from longlora.data.formats import TEXT_SUFFIXES, local_path
+from longlora.data.formats import local_path, text_files
 from longlora.data.instruct import InstructReport, check_sources, write_instruct_shard
 from longlora.data.shards import TokenShard, write_shard
 from longlora.errors import DataError, RunFolderError
@@ -69,8 +69,7 @@ def _least_bytes(recipe: Recipe) -> int:
     """Bytes of tokens that plain text files surely give: four a token, and no tokenizer makes less than one token of
     eight bytes of text, on the whole. Of other files nobody knows how much of them is text."""
     sources = [local_path(source) for source in (*recipe.data.train, *recipe.data.heldout)]
-    files = [file for source in sources for file in (source.rglob("*") if source.is_dir() else [source])]
-    return sum(file.stat().st_size for file in files if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()) // 2
+    return sum(file.stat().st_size for source in sources for file in text_files(source)) // 2
 
 
 def _write(

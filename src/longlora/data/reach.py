@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from longlora.artifacts import MANIFEST, RunFolder
 from longlora.config import Recipe
+from longlora.data.formats import local_path, text_files
 from longlora.data.shards import open_shard
 
-_CHARACTERS_PER_TOKEN = 4
-_TEXTS = (".txt", ".md")
+_BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,8 @@ def documents_reaching(recipe: Recipe) -> DocumentReach | None:
     if (shard / MANIFEST).exists():
         lengths = open_shard(shard, None).lengths
         return DocumentReach(len(lengths), int((lengths >= context).sum()), counted=True)
-    sizes = [path.stat().st_size for source in recipe.data.train for path in _text_files(Path(source))]
+    sizes = [path.stat().st_size for source in recipe.data.train for path in text_files(local_path(source))]
     if not sizes:
         return None
-    least = context * _CHARACTERS_PER_TOKEN
+    least = context * _BYTES_PER_TOKEN
     return DocumentReach(len(sizes), sum(size >= least for size in sizes), counted=False)
-
-
-def _text_files(source: Path) -> list[Path]:
-    if source.is_dir():
-        return [path for path in sorted(source.rglob("*")) if path.suffix in _TEXTS and path.is_file()]
-    return [source] if source.suffix in _TEXTS and source.is_file() else []

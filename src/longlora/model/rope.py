@@ -126,7 +126,9 @@ def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
     if "full_attention" in parameters:
         parameters = parameters["full_attention"]
     for name in _NUMBERS:
-        value = parameters.get(name, 1)
+        value = parameters.get(name)
+        if value is None and name != "rope_theta":  # as transformers reads it: not given
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ModelError(f"rope_parameters of the model: {name} is {value!r:.40}, not a positive number")
     return dict(parameters)
@@ -170,11 +172,11 @@ def _scaled(
     if rope_type == "theta":
         width = _rotary_width(config, before)
         return {**before, "rope_type": "default", "rope_theta": before["rope_theta"] * ratio ** (width / (width - 2))}
-    pretrained = before.get("original_max_position_embeddings") or math.ceil(original / before.get("factor", 1.0))
+    pretrained = before.get("original_max_position_embeddings") or math.ceil(original / (before.get("factor") or 1.0))
     after = {
         **before,
         "rope_type": rope_type,
-        "factor": before.get("factor", 1.0) * ratio,
+        "factor": (before.get("factor") or 1.0) * ratio,
         "original_max_position_embeddings": pretrained,
     }
     # A stored attention factor belongs to the old factor; without one transformers computes it.
@@ -189,7 +191,7 @@ def current_context(config: PreTrainedConfig) -> int:
         ModelError: the model has no RoPE, or its config does not say which of the two it gives.
     """
     before = rope_parameters(config)
-    context, factor = int(config.max_position_embeddings), before.get("factor", 1.0)
+    context, factor = int(config.max_position_embeddings), before.get("factor") or 1.0
     pretrained = before.get("original_max_position_embeddings")
     if factor == 1.0 or (pretrained and context > pretrained):
         return context
@@ -203,7 +205,7 @@ def current_context(config: PreTrainedConfig) -> int:
 
 def _rotary_width(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    return int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
 
 
 def _replace_global(parameters: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _inside(flops: Flops, part: str) -> float:
 
 def _tokens(config: PreTrainedConfig, recipe: Recipe) -> int:
     """As many as make a layer's work measurable, at most the context."""
-    model: Outline = outline(with_layers(config, 1), recipe)
+    model: Outline = outline(with_layers(config, 1), _at_length(recipe, recipe.context.context_length))
     per_token = 6 * max(model.projections_used + model.mlp_used, 1)
     probe = _PROBES[device_for_run().type]
     wanted = int(probe.layer_flops / per_token)
@@ -107,7 +107,7 @@ def _tokens(config: PreTrainedConfig, recipe: Recipe) -> int:
 
 
 def _at_length(recipe: Recipe, tokens: int) -> Recipe:
-    """The same recipe with fewer tokens and one layer that is like the others."""
+    """The same recipe with `tokens` tokens, one micro batch, and no layer unlike the others."""
     values = recipe.model_dump()
     values["context"] |= {"context_length": tokens, "rope_factor": None}
     values["attention"] |= {

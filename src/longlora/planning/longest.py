@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,13 +120,23 @@ def cheapest_levers(recipe: Recipe, machine: Machine, enough: Callable[[Recipe],
         pulled.append(lever)
     for lever in pulled[:-1] if reached else []:
         fewer = [other for other in pulled if other is not lever]
-        if enough(with_levers(recipe, fewer)):
-            pulled = fewer
+        with contextlib.suppress(LongLoraError):  # a later lever stands on this one
+            if enough(with_levers(recipe, fewer)):
+                pulled = fewer
     return pulled
 
 
-def does_not_fit(context_length: int, memory: Memory, machine: str, available: int, fit: Fit | None) -> str:
-    """One line for a context that needs more than the `available` bytes: by how much, the largest part, what to do."""
+def does_not_fit(
+    context_length: int, memory: Memory, machine: str, available: int, host_bytes: int, fit: Fit | None
+) -> str:
+    """One line for a context that needs more than the `available` bytes of a device, or more than the `host_bytes` of
+    main memory for what is kept there: by how much, the largest part, what to do."""
+    if memory.peak <= available:
+        return (
+            f"context.context_length={context_length} keeps {memory.offloaded / 1e9:.1f} GB of activations in main "
+            f"memory, and {host_bytes / 1e9:.1f} GB are there for a process: free main memory, or set "
+            "train.activation_offload=false"
+        )
     problem = (
         f"context.context_length={context_length} needs {memory.peak / 1e9:.1f} GB and {machine} has "
         f"{available / 1e9:.1f} GB (most: {memory.largest}, {max(memory.parts.values()) / 1e9:.1f} GB)"

@@ -195,5 +195,5 @@ def _layer_inputs(recipe: Recipe, config: PreTrainedConfig) -> int:
     """Bytes of the inputs of all checkpointed layers but the one at work."""
     text = config.get_text_config(decoder=True)
     tokens = recipe.context.context_length * recipe.train.micro_batch_size
-    layers = text.num_hidden_layers // recipe.train.activation_checkpointing_every - 1
+    layers = max(0, text.num_hidden_layers // recipe.train.activation_checkpointing_every - 1)
     return int(layers * text.hidden_size * tokens * width_of(recipe))

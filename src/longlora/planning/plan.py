@@ -20,7 +20,7 @@ from longlora.planning.communication import Transfer, transfers, waited_for
 from longlora.planning.flops import Flops, StepFlops, forward_flops, step_flops
 from longlora.planning.longest import Fit, does_not_fit, longest_context
 from longlora.planning.machines import Machine
-from longlora.planning.memory import Memory, fits, peak_memory
+from longlora.planning.memory import Memory, fits, optimizer_bytes, peak_memory
 from longlora.planning.mesh import Mesh, mesh_of, require_whole_groups
 from longlora.planning.outline import Outline, outline
 from longlora.planning.sharding import width_of
@@ -229,7 +229,10 @@ def step_time(
 def require_fits(plan: Plan) -> None:
     """Raise `PlanError`, with the longest context that fits and the levers it takes, unless the plan fits."""
     if not plan.fits:
-        raise PlanError(does_not_fit(plan.context_length, plan.memory, plan.machine, plan.memory_available, plan.fit))
+        line = does_not_fit(
+            plan.context_length, plan.memory, plan.machine, plan.memory_available, plan.host_memory, plan.fit
+        )
+        raise PlanError(line)
 
 
 def _hours(recipe: Recipe, config: PreTrainedConfig, model: Outline, machine: Machine) -> float:
@@ -265,5 +268,6 @@ def _disk(recipe: Recipe, model: Outline) -> Disk:
     train = recipe.train
     written = min(train.save_total_limit + 1, max(1, train.steps // train.save_steps))
     width = 2 if recipe.model.dtype == "bfloat16" else 4
+    checkpoint = 4 * model.trained + optimizer_bytes(recipe, model)
     adapter = 0 if recipe.adapter.method == "full" else 4 * model.trained
-    return Disk(checkpoints=12 * model.trained * written, adapter=adapter, merged=width * model.total)
+    return Disk(checkpoints=checkpoint * written, adapter=adapter, merged=width * model.total)

@@ -81,7 +81,9 @@ def _bare(recipe: Recipe) -> Recipe:
 
 def _refusal(recipe: Recipe, config: PreTrainedConfig, machine: Machine, memory: Memory) -> str:
     fit = longest_context(recipe, config, machine)
-    line = does_not_fit(recipe.context.context_length, memory, machine.name, machine.memory_bytes, fit)
+    line = does_not_fit(
+        recipe.context.context_length, memory, machine.name, machine.memory_bytes, machine.host_bytes, fit
+    )
     return f"{line}; memory=unchecked trains without this plan"
 
 

@@ -29,6 +29,7 @@ from longlora.errors import RunFolderError
 from longlora.model.levers import OPTIMIZERS
 from longlora.model.trainable import save_trained
 from longlora.planning.out_of_memory import is_out_of_memory
+from longlora.storage import gibibytes, is_disk_full
 from longlora.training.checkpoint import complete_checkpoint, discard_unfinished, saving_folder
 from longlora.training.collectives import gathered, largest
 from longlora.training.distributed import Ranks
@@ -177,10 +178,13 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
                 discard_unfinished(checkpoints)
             if is_out_of_memory(error) or (isinstance(error, RuntimeError) and not _TORCH_WRITES.search(str(error))):
                 raise
-            free = shutil.disk_usage(checkpoints).free
+            free = gibibytes(shutil.disk_usage(checkpoints).free)
+            # torch says that a file ended early, and not why.
+            full = is_disk_full(error) or isinstance(error, RuntimeError)
             raise RunFolderError(
-                f"{folder.name} cannot be written to {checkpoints} ({free / 2**30:.2f} GiB free): {error}; "
-                "free space and resume, earlier checkpoints are whole"
+                f"{folder.name} cannot be written to {checkpoints} ({free} free): {error}; "
+                f"{'free space' if full else 'check the disk and its permissions'} and resume, earlier checkpoints are "
+                "whole"
             ) from error
 
     def _batches(self) -> Batches:

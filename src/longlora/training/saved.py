@@ -25,7 +25,7 @@ CHECKSUM = "facts_sha256"
 """Of a manifest: the `checksum` of its other facts. Earlier versions wrote none."""
 _Count = Annotated[int, Field(gt=0)]
 _MISFITS = (
-    OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, pickle.PickleError,
+    EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, pickle.PickleError,
     SafetensorError,
 )  # fmt: skip
 
@@ -144,6 +144,11 @@ def explained_states(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder} cannot be read ({error.strerror or error}): check the disk and its permissions, then "
+            "`longlora resume` again"
+        ) from error
     except _MISFITS as error:
         if is_out_of_memory(error) or is_lost_contact(error):
             raise
