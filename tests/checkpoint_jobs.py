@@ -16,13 +16,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import bear_texts
 
-from longlora.artifacts import RunFolder
+from longlora.artifacts import MANIFEST, RunFolder, read_json, write_manifest
 from longlora.config import Recipe, build_recipe, load_recipe
 from longlora.data.prepare import prepare_shards
 from longlora.errors import InterruptedRunError, LongLoraError
 from longlora.model.adapters import ADAPTER_WEIGHTS
 from longlora.model.build import load_tokenizer, tokenizer_hash
-from longlora.training.checkpoint import saving_folder
+from longlora.training.checkpoint import complete_checkpoint, saving_folder
+from longlora.training.saved import CHECKSUM, Batches, checksum
 
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", ADAPTER_WEIGHTS, "adapter_config.json")
 """Of a checkpoint of one process, beside its manifest."""
@@ -80,9 +81,23 @@ def steps_saved(recipe: Recipe) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def made(folder: Path, step: int, *, aside: bool = True) -> Path:
+def complete(folder: Path, *, keep: int, weights: str = ADAPTER_WEIGHTS, processes: int = 1) -> None:
+    """`complete_checkpoint` of a run on nothing."""
+    complete_checkpoint(
+        folder, weights=weights, keep=keep, batches=Batches(1, 1, processes), processes=processes, source={},
+        unlogged=None,
+    )  # fmt: skip
+
+
+def mark_again(folder: Path, **facts: Any) -> None:
+    """Write the manifest of what lies in a checkpoint now, with other `facts` and a checksum that is right."""
+    known = {key: value for key, value in read_json(folder / MANIFEST, "").items() if key not in ("files", CHECKSUM)}
+    write_manifest(folder, **(known | facts), **{CHECKSUM: checksum(known | facts)})
+
+
+def made(folder: Path, step: int) -> Path:
     """A checkpoint that is written and not yet marked."""
-    path = (saving_folder(folder) if aside else folder) / f"checkpoint-{step}"
+    path = saving_folder(folder) / f"checkpoint-{step}"
     path.mkdir(parents=True)
     for name in FILES:
         (path / name).write_bytes(b"12345")

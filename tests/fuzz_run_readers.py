@@ -20,8 +20,8 @@ from longlora.errors import LongLoraError, RecipeError
 from longlora.model.adapters import ADAPTER_WEIGHTS
 from longlora.model.build import load_config, load_tokenizer, tokenizer_hash
 from longlora.model.rope import rescale_rope
-from longlora.training.checkpoint import Batches, batches_of, complete_checkpoint, newest_checkpoint
-from longlora.training.saved import CHECKSUM, Unlogged, checksum, require_source, saved_in
+from longlora.training.checkpoint import complete_checkpoint, newest_checkpoint, saving_folder
+from longlora.training.saved import CHECKSUM, Batches, Unlogged, checksum, require_source, saved_in
 
 STATE = "trainer_state.json"
 
@@ -32,12 +32,13 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self._checkpoints = folder / "checkpoints"
         self._folder = self._checkpoints / "checkpoint-3"
-        self._folder.mkdir(parents=True)
+        aside = saving_folder(self._checkpoints) / "checkpoint-3"
+        aside.mkdir(parents=True)
         for name in (ADAPTER_WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
-            (self._folder / name).write_bytes(name.encode())
-        (self._folder / STATE).write_text(json.dumps({"global_step": 3, "log_history": [{"loss": 1.0}]}))
+            (aside / name).write_bytes(name.encode())
+        (aside / STATE).write_text(json.dumps({"global_step": 3, "log_history": [{"loss": 1.0}]}))
         complete_checkpoint(
-            self._folder, weights=ADAPTER_WEIGHTS, keep=2, batches=Batches(1, 4, 2), processes=2,
+            aside, weights=ADAPTER_WEIGHTS, keep=2, batches=Batches(1, 4, 2), processes=2,
             source={"data": "abc", "model": "def"}, unlogged=Unlogged(since=2, sums=(1.0, 2.0)),
         )  # fmt: skip
         self._names = (MANIFEST, STATE)
@@ -56,8 +57,7 @@ class Checkpoint:
             (self._folder / MANIFEST).write_bytes(self._again(data[1:]) if which == 2 else data[1:])
         folder, _ = newest_checkpoint(self._checkpoints, ADAPTER_WEIGHTS)
         require_source(folder, {"data": "abc", "model": "def"})
-        if batches := batches_of(folder):
-            assert batches.on(1).rows > 0
+        assert saved_in(folder).batches.on(1).rows > 0
         if unlogged := saved_in(folder).unlogged:
             unlogged.sum_of(0, 2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_jobs import FILES, made, prepared, result, steps_saved
+from checkpoint_jobs import FILES, made, mark_again, prepared, result, steps_saved
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -160,25 +160,37 @@ def test_a_manifest_with_other_types_or_steps_is_passed_over(
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "adapter_config.json"])
 def test_a_state_that_the_manifest_never_had_is_missed_too(run: RunFolder, name: str) -> None:
-    """As in a checkpoint of an earlier version, or one that was put together by hand."""
+    """As in one that was put together by hand."""
     folder = run.checkpoints / "checkpoint-4"
     (folder / name).unlink()
-    write_manifest(folder, schema=1, step=4)
+    mark_again(folder)
     found, (line,) = newest_checkpoint(run.checkpoints, ADAPTER_WEIGHTS)
     assert found.name == "checkpoint-2"
     assert line == f"{folder} has no {name}: passed over"
 
 
-def test_a_manifest_of_an_earlier_version_is_enough(run: RunFolder) -> None:
-    write_manifest(run.checkpoints / "checkpoint-4", schema=1, step=4)
-    assert newest_checkpoint(run.checkpoints, ADAPTER_WEIGHTS) == (run.checkpoints / "checkpoint-4", [])
+def test_a_manifest_without_its_checksum_is_passed_over(run: RunFolder) -> None:
+    folder = run.checkpoints / "checkpoint-4"
+    facts = {key: value for key, value in read_json(folder / MANIFEST, "").items() if key not in ("files", CHECKSUM)}
+    write_manifest(folder, **facts)
+    found, (line,) = newest_checkpoint(run.checkpoints, ADAPTER_WEIGHTS)
+    assert found.name == "checkpoint-2"
+    assert line == f"{folder / MANIFEST} does not match its own {CHECKSUM}: passed over"
+
+
+@pytest.mark.parametrize("name", ["batches", "processes", "source", "step"])
+def test_a_manifest_without_a_fact_is_passed_over(run: RunFolder, name: str) -> None:
+    mark_again(run.checkpoints / "checkpoint-4", **{name: None})
+    found, (line,) = newest_checkpoint(run.checkpoints, ADAPTER_WEIGHTS)
+    assert found.name == "checkpoint-2"
+    assert f"{name} is not right" in line
 
 
 @pytest.mark.parametrize("state", [{"global_step": 3}, {"global_step": "4"}, {"global_step": 4.0}, {}, [4], None])
 def test_a_state_of_another_step_is_passed_over(run: RunFolder, state: object) -> None:
     folder = run.checkpoints / "checkpoint-4"
     (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
-    write_manifest(folder, schema=1, step=4)
+    mark_again(folder)
     found, (line,) = newest_checkpoint(run.checkpoints, ADAPTER_WEIGHTS)
     assert found.name == "checkpoint-2"
     assert "trainer_state.json is of step" in line
@@ -233,7 +245,7 @@ def test_states_that_do_not_fit_are_refused_in_one_line(
         (folder / name).write_bytes(content)
     else:
         torch.save(content, folder / name)
-    write_manifest(folder, schema=1, step=2)
+    mark_again(folder)
     with pytest.raises(RunFolderError, match=rf"the states in {folder} do not fit the run .*: remove that folder"):
         resumed(finished, run)
     assert not run.adapter.exists()
@@ -247,7 +259,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(
     weights = load_file(folder / ADAPTER_WEIGHTS)
     lost = next(name for name in weights if "lora_B" in name)
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / ADAPTER_WEIGHTS)
-    write_manifest(folder, schema=1, step=4)
+    mark_again(folder)
     with pytest.raises(RunFolderError, match=rf"checkpoint-4 .*lacks {lost}"):
         resumed(finished, run)
 
@@ -268,7 +280,7 @@ def test_what_a_killed_save_left_is_removed_and_never_counts(
     shutil.rmtree(run.checkpoints / "checkpoint-4")
     left = made(run.checkpoints, 4)
     (left / "rng_state_7.pth").write_bytes(b"of eight processes")
-    older = made(run.checkpoints, 3, aside=False)  # as earlier versions left it
+    older = shutil.copytree(left, run.checkpoints / "checkpoint-3")  # as the library by itself would leave it
     again = resumed(finished, run)
     assert all(torch.equal(tensor, again[name]) for name, tensor in finished[1].items())
     recipe = finished[0].model_copy(update={"run_dir": str(run.root)})

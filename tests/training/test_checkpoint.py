@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_jobs import FILES, made
+from checkpoint_jobs import FILES, complete, made
 
 from longlora.artifacts import MANIFEST, has_manifest_sizes
 from longlora.errors import RunFolderError
 from longlora.model.adapters import ADAPTER_WEIGHTS
 from longlora.training import checkpoint as checkpoints
-from longlora.training.checkpoint import complete_checkpoint, newest_checkpoint
+from longlora.training.checkpoint import newest_checkpoint
 
 
 def names(folder: Path) -> list[str]:
@@ -27,7 +27,7 @@ def test_whatever_is_damaged_a_whole_checkpoint_is_always_there(
 ) -> None:
     """After each file operation of a save: killed there, a run finds a whole one, the newest if it is there."""
     for step in (2, 4, 6):
-        complete_checkpoint(made(tmp_path, step), weights=ADAPTER_WEIGHTS, keep=3, processes=1)
+        complete(made(tmp_path, step), keep=3)
     for step in damaged:
         (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"1")
     last = newest_checkpoint(tmp_path, ADAPTER_WEIGHTS)[0]
@@ -41,7 +41,7 @@ def test_whatever_is_damaged_a_whole_checkpoint_is_always_there(
 
     monkeypatch.setattr(checkpoints, "_remove", watched)
     step = 6 if 6 in damaged else 8  # the run that passed 6 over comes to it again
-    complete_checkpoint(made(tmp_path, step), weights=ADAPTER_WEIGHTS, keep=keep, processes=1)
+    complete(made(tmp_path, step), keep=keep)
     assert set(found) <= {last.name, f"checkpoint-{step}"}
     assert newest_checkpoint(tmp_path, ADAPTER_WEIGHTS) == (tmp_path / f"checkpoint-{step}", [])
     whole = [name for name in names(tmp_path) if has_manifest_sizes(tmp_path / name)]
@@ -51,20 +51,20 @@ def test_whatever_is_damaged_a_whole_checkpoint_is_always_there(
 
 def test_newer_ones_that_were_passed_over_do_not_push_out_older_whole_ones(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
-        complete_checkpoint(made(tmp_path, step), weights=ADAPTER_WEIGHTS, keep=9, processes=1)
+        complete(made(tmp_path, step), keep=9)
     for step in (6, 8):
         path = tmp_path / f"checkpoint-{step}" / "optimizer.pt"
         path.write_bytes(b"54321")  # the size is right
-    complete_checkpoint(made(tmp_path, 5), weights=ADAPTER_WEIGHTS, keep=2, processes=1)
+    complete(made(tmp_path, 5), keep=2)
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-5"]
 
 
 def test_a_save_that_lacks_a_state_does_not_count_and_removes_nothing(tmp_path: Path) -> None:
-    complete_checkpoint(made(tmp_path, 2), weights=ADAPTER_WEIGHTS, keep=1, processes=1)
+    complete(made(tmp_path, 2), keep=1)
     with pytest.raises(RunFolderError, match=r"lacks rng_state_0.pth, rng_state_1.pth of 2 processes: run_dir must be"):
-        complete_checkpoint(made(tmp_path, 4), weights=ADAPTER_WEIGHTS, keep=1, processes=2)
+        complete(made(tmp_path, 4), keep=1, processes=2)
     with pytest.raises(RunFolderError, match=r"lacks model.safetensors of 1 processes"):
-        complete_checkpoint(made(tmp_path, 6), weights="model.safetensors", keep=1, processes=1)
+        complete(made(tmp_path, 6), weights="model.safetensors", keep=1)
     assert newest_checkpoint(tmp_path, ADAPTER_WEIGHTS) == (tmp_path / "checkpoint-2", [])
 
 
@@ -72,7 +72,7 @@ def test_nothing_is_removed_before_what_was_written_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file, then the manifest, then the name; then older ones go."""
-    complete_checkpoint(made(tmp_path, 2), weights=ADAPTER_WEIGHTS, keep=1, processes=1)
+    complete(made(tmp_path, 2), keep=1)
     order: list[str] = []
     fsync, rename, rmtree = os.fsync, Path.replace, shutil.rmtree
 
@@ -91,7 +91,7 @@ def test_nothing_is_removed_before_what_was_written_is_on_the_disk(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", renamed)
     monkeypatch.setattr(shutil, "rmtree", removed)
-    complete_checkpoint(made(tmp_path, 4), weights=ADAPTER_WEIGHTS, keep=1, processes=1)
+    complete(made(tmp_path, 4), keep=1)
     aside = ".saving/checkpoint-4"
     marked = order.index(f"rename to {aside}/{MANIFEST}")
     assert {f"sync {aside}/{name}" for name in FILES} <= set(order[:marked])
@@ -104,9 +104,9 @@ def test_nothing_is_removed_before_what_was_written_is_on_the_disk(
 def test_one_that_cannot_be_removed_is_said_and_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    complete_checkpoint(made(tmp_path, 2), weights=ADAPTER_WEIGHTS, keep=1, processes=1)
+    complete(made(tmp_path, 2), keep=1)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
-    complete_checkpoint(made(tmp_path, 4), weights=ADAPTER_WEIGHTS, keep=1, processes=1)
+    complete(made(tmp_path, 4), keep=1)
     assert "checkpoint-2 cannot be removed as a whole" in caplog.text
     assert not (tmp_path / "checkpoint-2" / MANIFEST).exists()
 
@@ -114,8 +114,8 @@ def test_one_that_cannot_be_removed_is_said_and_does_not_count(
 def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
     """As names, 10 comes before 8 and 9."""
     for step in (8, 9, 10):
-        complete_checkpoint(made(tmp_path, step), weights=ADAPTER_WEIGHTS, keep=2, processes=1)
+        complete(made(tmp_path, step), keep=2)
         assert newest_checkpoint(tmp_path, ADAPTER_WEIGHTS) == (tmp_path / f"checkpoint-{step}", [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
-    complete_checkpoint(made(tmp_path, 11), weights=ADAPTER_WEIGHTS, keep=2, processes=1)
+    complete(made(tmp_path, 11), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11"]

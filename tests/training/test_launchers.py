@@ -12,11 +12,11 @@ import torch.distributed as dist
 from longlora.config import Recipe, build_recipe
 from longlora.errors import InterruptedRunError, LongLoraError, ModelError, RunFolderError
 from longlora.training import failures
-from longlora.training.checkpoint import Batches, batches_of, complete_checkpoint
 from longlora.training.collectives import from_main, gathered, largest, require_same
 from longlora.training.distributed import Ranks
 from longlora.training.failures import is_lost_contact, report
 from longlora.training.launchers import with_launcher_settings
+from longlora.training.saved import Batches
 
 
 def recipe(**changes: object) -> Recipe:
@@ -90,16 +90,6 @@ def test_rows_of_a_step_on_another_number_of_processes() -> None:
     assert Batches(rows=2, steps=3, processes=4).on(6) == Batches(rows=2, steps=2, processes=6)
     with pytest.raises(RunFolderError, match="12 micro batches in a step .* 5 processes cannot share .* 1, 2, 3, 4, 6"):
         Batches(rows=2, steps=3, processes=4).on(5)
-
-
-def test_a_checkpoint_says_its_batches(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-3"
-    folder.mkdir()
-    (folder / "weights").write_text("x")
-    complete_checkpoint(folder, weights="weights", keep=1, batches=Batches(1, 2, 4))
-    assert batches_of(folder) == Batches(1, 2, 4)
-    complete_checkpoint(folder, weights="weights", keep=1)
-    assert batches_of(folder) is None
 
 
 def test_one_process_agrees_with_itself() -> None:

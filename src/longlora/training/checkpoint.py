@@ -23,19 +23,7 @@ from typing import Any
 from longlora.artifacts import MANIFEST, has_manifest_sizes, read_json, verify_manifest, write_manifest
 from longlora.errors import RunFolderError
 from longlora.storage import sync
-from longlora.training.saved import CHECKSUM, SCHEMA, Batches, Unlogged, batches_of, checksum, saved_in
-
-__all__ = [
-    "Batches",
-    "batches_of",
-    "checkpoint_step",
-    "complete_checkpoint",
-    "discard_older",
-    "discard_unfinished",
-    "has_checkpoint",
-    "newest_checkpoint",
-    "saving_folder",
-]
+from longlora.training.saved import CHECKSUM, SCHEMA, Batches, Unlogged, checksum, saved_in
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _SAVING = ".saving"
@@ -61,21 +49,21 @@ def complete_checkpoint(
     *,
     weights: str,
     keep: int,
-    batches: Batches | None = None,
-    processes: int | None = None,
-    source: Mapping[str, str] | None = None,
-    unlogged: Unlogged | None = None,
+    batches: Batches,
+    processes: int,
+    source: Mapping[str, str],
+    unlogged: Unlogged | None,
 ) -> None:
     """Mark `folder` as whole, give it its place, then remove all others but the newest `keep` - 1 whole older ones.
 
     Newer ones are removed too: the run passed them over, and goes another way now.
 
     Args:
-        folder: lies in `saving_folder`, or in its place already.
+        folder: lies in `saving_folder`.
         weights: the name of the file of weights.
         keep: whole checkpoints that are left, with this one.
         batches: a run that goes on needs steps of as many rows.
-        processes: of the run; None if nobody goes on from it.
+        processes: of the run.
         source: what a run that goes on must have in common with this one.
         unlogged: what the next row of metrics.jsonl will need.
 
@@ -85,24 +73,21 @@ def complete_checkpoint(
     facts: dict[str, Any] = {
         "schema": SCHEMA,
         "step": checkpoint_step(folder),
-        "batches": batches and asdict(batches),
+        "batches": asdict(batches),
         "processes": processes,
-        "source": source and dict(source),
-        "unlogged": unlogged and unlogged.model_dump(),
+        "source": dict(source),
+        "unlogged": unlogged and unlogged.model_dump(mode="json"),
     }
-    facts = {name: value for name, value in facts.items() if value is not None}
-    if processes is not None and (lacking := _lacking({path.name for path in folder.iterdir()}, processes, weights)):
+    if lacking := _lacking({path.name for path in folder.iterdir()}, processes, weights):
         raise RunFolderError(
             f"{folder} lacks {', '.join(lacking)} of {processes} processes: run_dir must be on a file system that all "
             "machines share"
         )
     write_manifest(folder, **facts, **{CHECKSUM: checksum(facts)})
-    place = folder
-    if folder.parent.name == _SAVING:
-        place = folder.parent.parent / folder.name
-        _remove(place)
-        folder.replace(place)
-        discard_unfinished(place.parent)
+    place = folder.parent.parent / folder.name
+    _remove(place)
+    folder.replace(place)
+    discard_unfinished(place.parent)
     sync([place.parent])  # before others are removed
     if not has_manifest_sizes(place):
         raise RunFolderError(f"{place} is not as it was written: check the disk; earlier checkpoints were kept")
@@ -173,15 +158,9 @@ def _verify(folder: Path, weights: str) -> None:
         raise RunFolderError(f"{folder / _STATE} is of step {step!r:.40}, not {named}: {_PASSED_OVER}")
 
 
-def _lacking(files: Collection[str], processes: int | None, weights: str) -> list[str]:
-    """Names that are not in `files` and without which a run would go on otherwise than it did.
-
-    Of None processes, as earlier versions saved, at least one has random states.
-    """
-    if processes is None:
-        random = ["rng_state_0.pth" if "rng_state_1.pth" in files else "rng_state.pth"]
-    else:
-        random = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+def _lacking(files: Collection[str], processes: int, weights: str) -> list[str]:
+    """Names that are not in `files` and without which a run would go on otherwise than it did."""
+    random = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
     return [name for name in (weights, *_STATES, *random) if name not in files]
 
 

@@ -75,9 +75,8 @@ class StepGuard(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A checkpoint of an earlier version has nothing of it, or not all.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
-        known = self.state()["attributes"] | saved
+        # Nothing in a run that begins, and nothing of use in a state that was put together by hand.
+        known = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         self._skipped, self._interval = known["skipped"], _Interval(**known["interval"])
         self._unlabelled_said, self._spikes = known["unlabelled_said"], SpikeWatch(**known["spikes"])
 

@@ -22,7 +22,7 @@ from longlora.training.failures import is_lost_contact
 
 SCHEMA = 1
 CHECKSUM = "facts_sha256"
-"""Of a manifest: the `checksum` of its other facts. Earlier versions wrote none."""
+"""Of a manifest: the `checksum` of its other facts."""
 _Count = Annotated[int, Field(gt=0)]
 _MISFITS = (
     EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, pickle.PickleError,
@@ -77,19 +77,20 @@ class Unlogged(BaseModel):
 
 
 class Saved(BaseModel):
-    """What the manifest of a checkpoint says beside its files. Fields that earlier versions did not write are None."""
+    """What the manifest of a checkpoint says beside its files."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     schema_: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)]
     step: Annotated[int, Field(ge=0)]
     """Optimizer steps done."""
-    batches: Batches | None = None
-    processes: _Count | None = None
+    batches: Batches
+    processes: _Count
     """All of the run, each with random numbers of its own."""
-    source: dict[str, str] = Field(default_factory=dict)
+    source: dict[str, str]
     """What was trained on what, by name: hashes."""
     unlogged: Unlogged | None = None
+    """None where a loss since then was no number."""
 
 
 def saved_in(folder: Path, remedy: str = "the checkpoint is damaged") -> Saved:
@@ -101,7 +102,7 @@ def saved_in(folder: Path, remedy: str = "the checkpoint is damaged") -> Saved:
     path = folder / MANIFEST
     manifest = read_json(path, remedy)
     facts = {name: value for name, value in manifest.items() if name != "files"} if isinstance(manifest, dict) else {}
-    if CHECKSUM in facts and facts.pop(CHECKSUM) != checksum(facts):
+    if facts.pop(CHECKSUM, None) != checksum(facts):
         raise RunFolderError(f"{path} does not match its own {CHECKSUM}: {remedy}")
     try:
         return Saved.model_validate_json(json.dumps(facts))
@@ -114,11 +115,6 @@ def saved_in(folder: Path, remedy: str = "the checkpoint is damaged") -> Saved:
 def checksum(facts: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what a manifest says beside its files, which protect themselves: one flipped bit is found."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def batches_of(folder: Path) -> Batches | None:
-    """What a whole checkpoint says of the rows of its steps; None if it is of one process and from before they did."""
-    return saved_in(folder).batches
 
 
 def require_source(folder: Path, source: Mapping[str, str]) -> None:

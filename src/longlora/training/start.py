@@ -33,7 +33,7 @@ from longlora.training.checkpoint import checkpoint_step, discard_unfinished, ne
 from longlora.training.collectives import from_main, join, largest, require_same
 from longlora.training.distributed import Ranks, read_ranks
 from longlora.training.launchers import with_launcher_settings
-from longlora.training.saved import Batches, saved_in
+from longlora.training.saved import saved_in
 from longlora.training.sharding import check_sharding
 from longlora.training.zero import STAGES, check_zero
 
@@ -170,11 +170,11 @@ def _require_shared(checkpoint: Path, ranks: Ranks) -> None:
 
 def _same_rows(recipe: Recipe, checkpoint: Path, ranks: Ranks, console: Console) -> int:
     """Micro batches of a process in a step, so that steps go on with the rows that come next, as many as before."""
-    train, saved = recipe.train, saved_in(checkpoint)
-    before = saved.batches or Batches(train.micro_batch_size, train.grad_accum_steps, 1)
+    saved = saved_in(checkpoint)
+    before = saved.batches
     dropout = recipe.adapter.lora_dropout > 0
     if before.processes == ranks.data_world:
-        if dropout and saved.processes not in (None, ranks.world):
+        if dropout and saved.processes != ranks.world:
             console.print(
                 f"on {ranks.world} instead of {saved.processes} processes: dropout draws other numbers", highlight=False
             )
