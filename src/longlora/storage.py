@@ -59,13 +59,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` only when the block ends without an error.
 
     Raises:
-        RunFolderError: `path` exists and `replace` is false, or the disk is full.
+        RunFolderError: `path` exists, or the disk is full.
     """
-    if path.exists() and not replace:
+    if path.exists():
         raise RunFolderError(f"output folder {path} already exists: name another one or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path)
@@ -75,10 +75,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.chmod(0o755)
         sync(entry for entry in temporary.rglob("*") if entry.is_file() or entry.is_dir())
         sync([temporary])
-        if replace:
-            put_folder(temporary, path)
-        else:
-            temporary.replace(path)
+        temporary.replace(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, Exception) and is_disk_full(error):

@@ -1,6 +1,7 @@
 """Instructions as token shards: what is learned, what is shortened, what is left out, and that it is all said."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,11 @@ def make(tmp_path: Path) -> Callable[..., tuple[TokenShard, InstructReport, PreT
         source = tmp_path / "a.jsonl"
         source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         tokenizer, report = word_tokenizer(), InstructReport()
+        shutil.rmtree(tmp_path / "shard", ignore_errors=True)
         shard = write_instruct_shard(
             tmp_path / "shard", [str(source)] * max(1, len(weights)), tokenizer,
             settings=InstructConfig.model_validate({"template": template, **settings}), context_length=context,
-            tokenizer_hash="abc", weights=weights, report=report, replace=True,
+            tokenizer_hash="abc", weights=weights, report=report,
         )  # fmt: skip
         return shard, report, tokenizer
 

@@ -29,7 +29,6 @@ def write(
     add_special_tokens: bool = True,
     min_document_tokens: int = 0,
     report: ReadReport | None = None,
-    replace: bool = False,
 ) -> TokenShard:
     return write_shard(
         folder,
@@ -39,7 +38,6 @@ def write(
         add_special_tokens=add_special_tokens,
         min_document_tokens=min_document_tokens,
         report=report or ReadReport(),
-        replace=replace,
     )
 
 
@@ -271,17 +269,11 @@ class TestNothingHalfWritten:
             write(tmp_path / "shard", ["sea"], tokenizer)
         assert not list(tmp_path.iterdir())
 
-    def test_existing_shard_is_kept_unless_replaced(
-        self, written: TokenShard, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
+    def test_existing_shard_is_kept(self, written: TokenShard, tokenizer: PreTrainedTokenizerFast) -> None:
         before = written.tokens.tolist()
         with pytest.raises(RunFolderError, match="already exists"):
             write(written.folder, ["sea"], tokenizer)
-        with pytest.raises(DataError, match="no document is left"):
-            write(written.folder, [], tokenizer, replace=True)
         assert open_shard(written.folder, "abc").tokens.tolist() == before
-        assert write(written.folder, ["sea"], tokenizer, replace=True).names == ("0",)
-        assert len(open_shard(written.folder, "abc")) == 1
 
 
 class TestDamage:

@@ -94,7 +94,6 @@ def write_instruct_shard(
     weights: Sequence[float] = (),
     seed: int = 0,
     report: InstructReport,
-    replace: bool = False,
 ) -> TokenShard:
     """Tokenize the examples of `sources` into a new shard at `folder`; nothing is left unless all of it was written.
 
@@ -108,7 +107,7 @@ def write_instruct_shard(
 
     Raises:
         DataError: a source or the template cannot be used, no example is left, or the disk refused.
-        RunFolderError: `folder` exists and `replace` is false.
+        RunFolderError: `folder` exists.
     """
     template = set_chat_template(tokenizer, settings.template)
     report.endless = not ends_answers(tokenizer)
@@ -129,7 +128,6 @@ def write_instruct_shard(
             "undecodable": named(report.undecodable),
             "control_tokens": named(report.control_tokens),
         },
-        replace=replace,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longlora.artifacts import LOSS_MASK, MANIFEST, OFFSETS, TOKENS
+from longlora.artifacts import LOSS_MASK, OFFSETS, TOKENS
 from longlora.errors import DataError
 
 TOKEN = np.dtype("<i4")
@@ -90,11 +90,6 @@ def check_tokens(folder: Path, tokens: NDArray[np.int32], vocabulary: int | None
 def damaged(folder: Path, what: str) -> DataError:
     """The error for a shard that is no usable one."""
     return DataError(f"{folder} is no usable token shard, {what}: {PREPARE_AGAIN}")
-
-
-def foreign_manifest(folder: Path, error: Exception) -> DataError:
-    """The error for JSON that is not one of our manifests."""
-    return damaged(folder, f"its {MANIFEST} names no files with sizes and sha256 ({error!r})")
 
 
 def _check_offsets(folder: Path, offsets: NDArray[np.int64], documents: int, tokens: int) -> None:

@@ -26,7 +26,6 @@ from longlora.data.shard_checks import (
     check_facts,
     check_tokens,
     damaged,
-    foreign_manifest,
     map_files,
     map_mask,
 )
@@ -94,7 +93,6 @@ def write_shard(
     add_special_tokens: bool,
     min_document_tokens: int = 0,
     report: ReadReport,
-    replace: bool = False,
 ) -> TokenShard:
     """Tokenize `documents` into a new shard at `folder`; nothing is left there unless all of it was written.
 
@@ -104,11 +102,10 @@ def write_shard(
         min_document_tokens: documents with fewer tokens, special ones included, are left out.
         report: names of documents without tokens and of too short ones are added to it; all it names is written to
             the manifest.
-        replace: remove an existing shard, after the new one was written.
 
     Raises:
         DataError: no document was left, or `folder` cannot be written.
-        RunFolderError: `folder` exists and `replace` is false, or the disk is full.
+        RunFolderError: `folder` exists, or the disk is full.
     """
     rows = _long_enough(_token_rows(documents, tokenizer, add_special_tokens, report), min_document_tokens, report)
     return write_rows(
@@ -121,7 +118,6 @@ def write_shard(
             "empty": named(report.empty),
             "undecodable": named(report.undecodable),
         },
-        replace=replace,
     )
 
 
@@ -141,21 +137,19 @@ def write_rows(
     tokenizer_hash: str,
     nothing_left: Callable[[], str],
     facts: Callable[[], dict[str, Any]],
-    replace: bool = False,
 ) -> TokenShard:
     """Write `rows`, all of them with a mask or none, as a new shard; nothing is left unless all of it was written.
 
     Args:
         nothing_left: what to say if there is no row; asked after `rows` was read, like `facts`.
         facts: for the manifest, for example what was left out.
-        replace: remove an existing shard, after the new one was written.
 
     Raises:
         DataError: there is no row, or `folder` cannot be written.
-        RunFolderError: `folder` exists and `replace` is false, or the disk is full.
+        RunFolderError: `folder` exists, or the disk is full.
     """
     try:
-        with new_folder(folder, replace=replace) as temporary:
+        with new_folder(folder) as temporary:
             names, offsets = _write_tokens(temporary, rows)
             if not names:
                 raise DataError(nothing_left())
@@ -189,8 +183,6 @@ def open_shard(folder: Path, tokenizer_hash: str | None, vocabulary: int | None 
         manifest = verify_manifest(folder, PREPARE_AGAIN)
     except RunFolderError as error:
         raise DataError(str(error)) from error
-    except (AttributeError, KeyError, TypeError) as error:  # JSON, but not one of our manifests
-        raise foreign_manifest(folder, error) from error
     schema = manifest.get("schema")
     if schema != SCHEMA:
         raise damaged(folder, f"its manifest has schema {schema!r:.40}, this version reads {SCHEMA}")

@@ -75,7 +75,7 @@ def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str]
     """`wanted` in PEFT's terms: name endings, or ``all-linear``."""
     if wanted == "all-linear":
         return "all-linear"
-    linear = {name for name, module in model.named_modules() if _is_linear(module)}
+    linear = {name for name, module in model.named_modules() if is_linear(module)}
     if wanted == "attention":
         # With the name of the attention module in front: fused and feed-forward layers share names such as c_proj.
         attention = {name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
@@ -174,7 +174,8 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether LoRA takes it for a linear layer; GPT-2's is of another class."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -46,14 +46,10 @@ def read_card_facts(
     """Everything a card tells of the model called `name`; commands are as from its own folder.
 
     Raises:
-        RunFolderError: the sidecar or a shard's manifest is damaged.
+        RunFolderError: a shard's manifest is damaged.
     """
     shards = {"training": run.train_shard, "held out": run.heldout_shard}
-    try:
-        attention = AttentionConfig(**sidecar.attention)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RunFolderError(f"{run.trained} has damaged S2-Attn settings ({reason}): restore it") from None
+    attention = AttentionConfig(**sidecar.attention)
     return CardFacts(
         name=name,
         base_model=shown(sidecar.base_model),

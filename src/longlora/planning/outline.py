@@ -22,7 +22,7 @@ from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
 from longlora.config import AttentionConfig, Recipe
 from longlora.data.shards import open_shard
 from longlora.errors import ModelError
-from longlora.model.adapters import norms
+from longlora.model.adapters import is_linear, norms
 from longlora.model.trainable import TrainedModel, make_trainable
 
 
@@ -62,8 +62,6 @@ class Outline:
     """Those of them that LoRA adds."""
     trained_matrices: int
     """Those of them outside of embeddings and norms: what an 8-bit optimizer keeps its states of in 8 bits."""
-    copied: int
-    """Frozen originals of embeddings and norms that PEFT keeps beside the trained ones."""
     quantizable: int
     """Frozen parameters in linear layers other than the head: what 4-bit storage would shrink."""
     largest_matrix: int
@@ -124,7 +122,7 @@ def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
     layers = attention_layers(base, recipe.attention, recipe.context.context_length)
     head = base.get_output_embeddings()
     head_used = head.weight.numel() if head is not None else 0
-    linear = [m.weight for m in base.modules() if _is_linear(m) and m is not head]
+    linear = [m.weight for m in base.modules() if is_linear(m) and m is not head]
     quantizable = sum(weight.numel() for weight in {id(w): w for w in linear}.values())
     largest = max((weight.numel() for weight in linear), default=0)
     numbers = {id(weight) for weight in linear}
@@ -139,7 +137,6 @@ def outline(config: PreTrainedConfig, recipe: Recipe) -> Outline:
         trained=count,
         lora=lora,
         trained_matrices=_matrices(adapted) if whole else lora,
-        copied=_copied(adapted),
         quantizable=quantizable,
         largest_matrix=largest,
         projections_used=used["projections"],
@@ -191,12 +188,12 @@ def _used(base: PreTrainedModel) -> dict[str, int]:
         if module is head:
             continue
         part = "projections" if f"{name}.".startswith(attention) else "mlp"
-        if _is_linear(module):
+        if is_linear(module):
             weight: Any = module.weight
             one_of_many = ".experts." in f"{name}."
             used[part] += weight.numel() * chosen // experts if one_of_many else weight.numel()
         for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 2 and not _is_linear(module) and not isinstance(module, nn.Embedding):  # routers
+            if parameter.ndim == 2 and not is_linear(module) and not isinstance(module, nn.Embedding):  # routers
                 used[part] += parameter.numel()
             if parameter.ndim == 3 and "expert" in type(module).__name__.lower():  # experts stacked in one tensor
                 used[part] += parameter.numel() * chosen // parameter.shape[0]
@@ -249,14 +246,3 @@ def _matrices(model: TrainedModel) -> int:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return sum(parameter.numel() for parameter in trained if id(parameter) not in left_out)
 
-
-def _copied(model: nn.Module) -> int:
-    """Elements of the originals that PEFT's wrappers keep beside what is trained."""
-    originals = {
-        id(p): p.numel() for n, p in model.named_parameters(remove_duplicate=False) if ".original_module." in n
-    }
-    return sum(originals.values())
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
