@@ -245,4 +245,3 @@ def _matrices(model: TrainedModel) -> int:
     left_out = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return sum(parameter.numel() for parameter in trained if id(parameter) not in left_out)
-
