@@ -17,7 +17,8 @@ copied, and their gradient is the sum of those of the copies.
 
 UNVERIFIED ON HARDWARE: gloo on the CPU was tried, NCCL was not.
 
-B batch, T tokens of the stretch or, between the two exchanges, of the whole rows, H query heads, K key/value heads, X either, D head dim.
+B batch, T tokens of the stretch or, between the two exchanges, of the whole rows, H query heads, K key/value heads,
+X either, D head dim.
 """
 
 from __future__ import annotations
