@@ -77,7 +77,8 @@ def ablations() -> list[str]:
     command = f"attention retrieval trained rope rate --context {size.context} --steps {size.steps}"
     parts = [
         "## What helps",
-        f"`python benchmarks/ablate.py {command}`: SmolLM2-135M-Instruct, RoPE interpolated by 2, {size.steps} steps "
+        f"`python benchmarks/ablate.py {command}`: SmolLM2-135M-Instruct, RoPE interpolated by 2 where "
+        f"nothing else is said, {size.steps} steps "
         f"of one row of {size.context:,} tokens (State of the Union messages), constant rate. Loss (nats a token) and "
         "passkey (log-probability of four numbers hidden in each document, nats) with full attention, on two held-out "
         "documents, in their first 1, 2 and 4 rows; mean ± standard deviation where there are several seeds. "
