@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_jobs import mark_again
 from command_line import Result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import bear_texts, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from longlora.artifacts import RunFolder, write_manifest
+from longlora.artifacts import RunFolder
 from longlora.attention.registry import is_sparse
 from longlora.config import Recipe, build_recipe
 from longlora.data.prepare import prepare_shards
@@ -131,7 +132,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model_fol
     weights = checkpoint(recipe, 2)
     weights["model.norm.weight"] = torch.ones(3)
     save_file(weights, run.checkpoints / "checkpoint-2" / "model.safetensors")
-    write_manifest(run.checkpoints / "checkpoint-2", schema=1, step=2)
+    mark_again(run.checkpoints / "checkpoint-2")
     with pytest.raises(LongLoraError, match=r"does not fit the recipe: 1 parameters differ, first model\.norm\.weight"):
         train(recipe, QUIET, resume=True)
 
