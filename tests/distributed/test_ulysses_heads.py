@@ -64,7 +64,7 @@ def test_one_rank_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed"),
-            "no deepspeed here: pip install longlora",
+            "no deepspeed here: pip install 'longlora",
         ),
         (ModuleNotFoundError("No module named 'einops'", name="einops"), "there is no einops here"),
         (RuntimeError("no compiler"), r"can't be loaded here \(no compiler\): reinstall it"),
