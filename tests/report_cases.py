@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from longlora.artifacts import RunFolder
+from longlora.evaluation.report.compare import read_comparison
+from longlora.evaluation.report.summary import Summary, summarize
 
 OLD, NEW = 100, 200
 # variant -> loss at OLD, loss at NEW and tail at NEW of the first document; the second lies 1 nat higher
@@ -190,3 +192,8 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
     for table in tables:
         assert all(re.fullmatch(r"-{3,}:?", cell) for cell in table[1])
     return tables
+
+
+def summary_of(*runs: RunFolder) -> Summary:
+    """What a report says of `runs`."""
+    return summarize(read_comparison(runs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,6 @@ from longlora.errors import RunFolderError
 from longlora.evaluation.report.records import read_evaluations
 from longlora.evaluation.report.training_log import read_training, skipped_steps
 from longlora.evaluation.report.write import write_report
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
 
 
 def test_no_evaluation_names_the_remedy(empty: RunFolder) -> None:

@@ -52,16 +52,6 @@ EVERYTHING: dict[str, Any] = {
 
 
 @pytest.fixture
-def empty(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
-
-
-@pytest.fixture
-def complete(tmp_path: Path) -> RunFolder:
-    return complete_run(tmp_path / "run")
-
-
-@pytest.fixture
 def full(tmp_path: Path) -> RunFolder:
     """Every task measured."""
     return complete_run(tmp_path / "run", **EVERYTHING)

@@ -6,27 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-from report_cases import KEYS, OLD, complete_run, evaluation, passkey, perplexity, prompt, ruler, save
+from report_cases import KEYS, OLD, evaluation, passkey, perplexity, prompt, ruler, save, summary_of
 
 from longlora.artifacts import RunFolder
 from longlora.evaluation.report.compare import read_comparison
 from longlora.evaluation.report.shared import shared_perplexity
-from longlora.evaluation.report.summary import Summary, summarize
-
-
-def summary_of(*runs: RunFolder) -> Summary:
-    return summarize(read_comparison(runs))
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
-
-
-@pytest.fixture
-def complete(tmp_path: Path) -> RunFolder:
-    return complete_run(tmp_path / "run")
-
 
 # At NEW the mean is weighted: (199 * first + 149 * (first + 1)) / 348 = first + 0.428. A token has 4 bytes, so bits per
 # byte are the loss / (4 ln 2). What base was asked beyond its 100 tokens is marked.

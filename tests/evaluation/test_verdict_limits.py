@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from report_cases import complete_run, evaluation, passkey, save
+from report_cases import evaluation, passkey, save, summary_of
 
 from longlora.artifacts import RunFolder
-from longlora.evaluation.report.compare import read_comparison
-from longlora.evaluation.report.summary import Summary, summarize
-
-
-def summary_of(*runs: RunFolder) -> Summary:
-    return summarize(read_comparison(runs))
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
-
-
-@pytest.fixture
-def complete(tmp_path: Path) -> RunFolder:
-    return complete_run(tmp_path / "run")
 
 
 def test_what_lies_within_its_interval_and_below_the_old_context_is_judged_as_said(complete: RunFolder) -> None:
