@@ -57,13 +57,9 @@ def merge(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Merge the adapter into an ordinary model, and verify it."""
     resolved = read_recipe(recipe, overrides)
     run = RunFolder(resolved.run_path)
-    from longlora.model.merge import already_whole, merge_adapter
+    from longlora.model.merge import merge_run
 
-    if resolved.adapter.method == "full":
-        console().print(already_whole(run.merged), highlight=False)
-        return
-    check = merge_adapter(run.adapter, run.merged)
-    console().print(f"merged: {run.merged}, verified: {check.summary()}", highlight=False)
+    console().print(merge_run(run, resolved.adapter.method), highlight=False)
 
 
 def _goes_on(run: RunFolder, recipe: Path, overrides: list[str] | None) -> bool:

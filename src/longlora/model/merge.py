@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longlora.artifacts import lock_output, new_folder, verify_manifest, write_manifest
+from longlora.artifacts import RunFolder, lock_output, new_folder, verify_manifest, write_manifest
 from longlora.config import ModelConfig
 from longlora.errors import ModelError, RunFolderError
 from longlora.model.adapter_files import require_own_adapter
@@ -95,6 +95,17 @@ def write_whole_model(weights: dict[str, Tensor], sidecar: Sidecar, output: Path
         write_sidecar(folder, sidecar)
         write_manifest(folder, schema=1, step=step)
     return check
+
+
+def merge_run(run: RunFolder, method: str) -> str:
+    """Make merged/ out of what `run` trained by `method` (of `AdapterConfig`), and return what there is to say of it.
+
+    Raises:
+        LongLoraError: as of `merge_adapter` and `already_whole`.
+    """
+    if method == "full":
+        return already_whole(run.merged)
+    return f"merged: {run.merged}, verified: {merge_adapter(run.adapter, run.merged).summary()}"
 
 
 def already_whole(folder: Path) -> str:

