@@ -104,7 +104,7 @@ def test_full_attention_without_a_library_for_it_is_refused_before_the_first_ste
     assert done.returncode != 0
     (line,) = done.ours
     assert line.startswith("longlora: full attention on 2 sequence ranks takes DeepSpeed, and there is no deepspeed")
-    assert line.endswith("here: pip install longlora[deepspeed]")
+    assert line.endswith("here: pip install 'longlora[deepspeed]'")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
