@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_variants import EXPERIMENTS, Size, Variant
+from ablation_variants import EXPERIMENTS, Size, Texts, Variant
 from rich.console import Console
 from rows import RESULTS, append_rows
 
@@ -70,16 +70,47 @@ def taken(identity: str) -> Iterator[bool]:
         yield mine
 
 
-class Shards:
-    """Token shards that all runs share."""
+def texts_of(files: list[str]) -> list[str]:
+    return [Path(file).read_text(encoding="utf-8") for file in files]
 
-    def __init__(self, folder: Path, size: Size) -> None:
-        self._run, self._size = RunFolder(folder), size
-        recipe = self._recipe(folder, Variant("").settings(size, 0))
+
+def write_documents(path: Path, texts: list[str], every: int) -> None:
+    """One JSON line a document; of `every` texts one is cut into documents of paragraphs, about 400 tokens each."""
+    documents: list[str] = []
+    for number, text in enumerate(texts):
+        documents += short_documents(text) if number % every == 0 else [text]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+
+
+def short_documents(text: str, characters: int = 1500) -> list[str]:
+    """Whole paragraphs, as many as it takes to reach `characters`."""
+    found, gathered = [], ""
+    for paragraph in text.splitlines(keepends=True):
+        gathered += paragraph
+        if len(gathered) >= characters:
+            found.append(gathered)
+            gathered = ""
+    return [*found, gathered] if gathered.strip() else found
+
+
+class Shards:
+    """Token shards that all runs on the same texts share."""
+
+    def __init__(self, folder: Path, size: Size, texts: Texts) -> None:
+        self._run, self._size, self._texts = RunFolder(folder), size, []
+        recipe = self._recipe(folder, Variant("", texts=texts))
         tokenizer = load_tokenizer(recipe.model)
+        if texts != "whole":
+            folder.mkdir()
+            train = folder / "train.jsonl"
+            long = [text for text in texts_of(recipe.data.train) if len(tokenizer(text).input_ids) >= size.context]
+            write_documents(train, long, every=1 if texts == "cut" else 2)
+            self._texts = [f"data.train=[{train}]", f"data.heldout={recipe.data.heldout}"]
+            recipe = self._recipe(folder, Variant("", texts=texts))
         prepare_shards(recipe, tokenizer, tokenizer_hash(tokenizer), Console(stderr=True))
 
-    def _recipe(self, folder: Path, settings: list[str]) -> Recipe:
+    def _recipe(self, folder: Path, variant: Variant, seed: int = 0) -> Recipe:
+        settings = [*variant.settings(self._size, seed), *self._texts]
         return quickstart_recipe(folder, None, settings, Console(quiet=True))
 
     def run_folder(self, folder: Path, variant: Variant, seed: int) -> tuple[RunFolder, Recipe]:
@@ -88,7 +119,7 @@ class Shards:
         run.train_shard.parent.mkdir(parents=True)
         for shard, link in ((self._run.train_shard, run.train_shard), (self._run.heldout_shard, run.heldout_shard)):
             link.symlink_to(shard)
-        recipe = self._recipe(folder, variant.settings(self._size, seed))
+        recipe = self._recipe(folder, variant, seed)
         write_atomic(run.recipe, dump_recipe(recipe))
         return run, recipe
 
@@ -161,14 +192,16 @@ def main() -> None:
         print(f"{len(missing)} runs are missing")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        shards = Shards(Path(temporary) / "shards", size)
+        shards: dict[Texts, Shards] = {}
         for number, (experiment, variant, seed) in enumerate(missing, 1):
             identity = variant.identity(size, seed)
             with taken(identity) as mine:
                 if not mine or identity in done():  # under another name, or by another process
                     continue
                 print(f"{number} of {len(missing)}: {experiment}, {variant.name}, seed {seed}", flush=True)
-                run, recipe = shards.run_folder(Path(temporary) / f"run-{number}", variant, seed)
+                if variant.texts not in shards:
+                    shards[variant.texts] = Shards(Path(temporary) / variant.texts, size, variant.texts)
+                run, recipe = shards[variant.texts].run_folder(Path(temporary) / f"run-{number}", variant, seed)
                 row = {"settings": identity, "variant": variant.name, "seed": seed, "context": size.context}
                 row |= measured(run, recipe, args.seconds)
                 append_rows(NAME, [row], torch.device("cpu"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 # Position interpolation, as in the paper: it costs more loss before training than yarn, so that there is much to win.
 COMMON = (
@@ -17,6 +18,10 @@ COMMON = (
     "eval.variants=[trained]", "eval.tasks=[perplexity,passkey]",
     "eval.perplexity.max_documents=2", "eval.passkey.depths=[0.05,0.3,0.55,0.8]",
 )  # fmt: skip
+
+
+Texts = Literal["whole", "cut", "half cut"]
+"""Training documents: each at least a row long; all of them cut into short ones; every other one cut."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,14 @@ class Variant:
     """Whether it is repeated with more seeds."""
     far: bool = False
     """Whether the first seed is measured at four times the row as well."""
+    texts: Texts = "whole"
 
     def settings(self, size: Size, seed: int) -> list[str]:
         """All overrides of a run; of a key that is given twice the last value counts."""
         lengths = size.lengths(far=self.far and seed == 0)
+        shortest = size.context if self.texts == "whole" else 0
         sized = (
-            f"context.context_length={size.context}", f"data.min_document_tokens={size.context}",
+            f"context.context_length={size.context}", f"data.min_document_tokens={shortest}",
             f"train.steps={size.steps}", f"train.seed={seed}", f"eval.perplexity.context_lengths={lengths}",
             f"eval.passkey.lengths={lengths}", f"eval.prefill_chunk_tokens={lengths[-1]}",
         )  # fmt: skip
@@ -58,7 +65,8 @@ class Variant:
 
     def identity(self, size: Size, seed: int) -> str:
         """What tells runs apart, whatever they are called: a variant whose settings change is measured again."""
-        return hashlib.sha256("\n".join(self.settings(size, seed)).encode()).hexdigest()[:12]
+        what = self.settings(size, seed) + ([] if self.texts == "whole" else [self.texts])
+        return hashlib.sha256("\n".join(what).encode()).hexdigest()[:12]
 
 
 def _s2(
@@ -115,6 +123,14 @@ _RETRIEVAL = tuple(
     )
 )
 
+# The first two are rows of retrieval as well. Cut documents are packed, so that a row holds as many tokens of text.
+_DATA = (
+    Variant("RoPE only, untrained", (*_YARN, *UNTRAINED.overrides), matters=False),
+    Variant("documents of a row or more", _YARN),
+    Variant("half of them cut into short ones", _YARN, texts="half cut"),
+    Variant("all cut into short ones", _YARN, texts="cut"),
+)
+
 _LORA_ALONE = ("adapter.train_embeddings=false", "adapter.train_norms=false")
 _FULL = ("adapter.method=full",)
 
@@ -155,4 +171,5 @@ EXPERIMENTS: dict[str, tuple[Variant, ...]] = {
         variant for factor in (2, 4) for kind in ("linear", "yarn", "theta") for variant in _rope(kind, factor)
     ),
     "rate": _RATES,
+    "data": _DATA,
 }

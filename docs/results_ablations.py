@@ -18,6 +18,7 @@ _TITLES = {
     "trained": "What is trained",
     "rope": "RoPE",
     "rate": "Learning rate",
+    "data": "Data mix, with yarn",
 }
 _HEAD = ["", "seeds", "loss 1x", "loss 2x", "loss 4x", "passkey 1x", "passkey 2x", "passkey 4x"]
 
@@ -74,7 +75,7 @@ def ablations() -> list[str]:
     rows = [row for row in every if int(row["context"]) == context]
     size = Size(context, max(int(row["steps"]) for row in rows))
     found = Ablations(rows, size)
-    command = f"attention retrieval trained rope rate --context {size.context} --steps {size.steps}"
+    command = f"attention retrieval trained rope rate data --context {size.context} --steps {size.steps}"
     parts = [
         "## What helps",
         f"`python benchmarks/ablate.py {command}`: SmolLM2-135M-Instruct, RoPE interpolated by 2 where "
