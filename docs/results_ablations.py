@@ -6,7 +6,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 
-from results_rows import ROOT, Row, newest, origin, table
+from results_rows import ROOT, Row, every, newest, origin, table
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from ablation_variants import EXPERIMENTS, FULL_ATTENTION, UNTRAINED, Size, Variant
@@ -67,12 +67,13 @@ def _spread(values: Iterable[str], digits: int = 3) -> str:
 
 def ablations() -> list[str]:
     """The section; empty without rows."""
-    every = newest("ablations", "settings")
-    if not every:
+    # Not of one device alone: loss and retrieval are no times.
+    measured = list({row["settings"]: row for row in every("ablations")}.values())
+    if not measured:
         return []
     # The run whose rows are longest says most; what is smaller stays in the file.
-    context = max(int(row["context"]) for row in every)
-    rows = [row for row in every if int(row["context"]) == context]
+    context = max(int(row["context"]) for row in measured)
+    rows = [row for row in measured if int(row["context"]) == context]
     size = Size(context, max(int(row["steps"]) for row in rows))
     found = Ablations(rows, size)
     command = f"attention retrieval trained rope rate data --context {size.context} --steps {size.steps}"
@@ -83,15 +84,26 @@ def ablations() -> list[str]:
         f"of one row of {size.context:,} tokens (State of the Union messages), constant rate. Loss (nats a token) and "
         "passkey (log-probability of four numbers hidden in each document, nats) with full attention, on two held-out "
         "documents, in their first 1, 2 and 4 rows; mean ± standard deviation where there are several seeds. "
-        f"{origin(rows)}.",
+        f"In float32 on CPUs without products in bfloat16 (AVX2), else in bfloat16. {origin(rows)}.",
     ]
+    steps = newest("patterns", "pattern", "context")
+    of_full = {row["pattern"]: row["of_full_attention"] for row in steps if int(row["context"]) == context}
     for name, variants in EXPERIMENTS.items():
         lines = [(variant, line) for variant in variants if (line := found.line(variant))]
         if not lines:
             continue
         head, cells = list(_HEAD), [line for _, line in lines]
         if name == "attention":
-            head += ["% of full attention's gain kept, 1x", "2x"]
-            cells = [[*line, found.kept(variant, "loss_1x"), found.kept(variant, "loss_2x")] for variant, line in lines]
+            head += ["% of full attention's gain kept, 1x", "2x", "time of a step, full attention's = 1"]
+            cells = [
+                [*line, *(found.kept(variant, loss) for loss in ("loss_1x", "loss_2x")), of_full.get(variant.name, "")]
+                for variant, line in lines
+            ]
         parts += [f"### {_TITLES[name]}", table(head, cells)]
+        if name == "attention" and steps:
+            parts += [
+                f"Time: `python benchmarks/bench_patterns.py --contexts {context}`: forward and backward pass of the "
+                f"model's shape, median of interleaved passes in {steps[0]['dtype']}. {origin(steps)}. So short a row "
+                "spends little on attention; longer ones: [a whole training step](#a-whole-training-step)."
+            ]
     return parts

@@ -29,22 +29,24 @@ def test_the_part_that_is_kept_is_of_the_full_attention_of_the_same_seed(monkeyp
         row(PAPER, 2, loss_1x="5", loss_2x="5"),  # without a partner
         row(PAPER, 0, Size(1024, 99), loss_1x="1"),
     ]
-    monkeypatch.setattr(results_ablations, "newest", lambda *names: rows)
+    timed = {"pattern": PAPER.name, "context": "2048", "of_full_attention": "0.912", "dtype": "float32"}
+    monkeypatch.setattr(results_ablations, "every", lambda name: rows)
+    monkeypatch.setattr(results_ablations, "newest", lambda *names: [rows[0] | timed])
     text = "\n".join(results_ablations.ablations())
     assert "--context 2048 --steps 12`" in text, "the longest rows are shown"
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {PAPER.name} |")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:3] == [PAPER.name, "3", "4.333 ± 0.577"]
     assert "-3.000 ± 0.707" in cells
-    assert cells[-2:] == ["75 ± 35", "50 ± 71"]
+    assert cells[-3:] == ["75 ± 35", "50 ± 71", "0.912"]
     (untrained,) = [line for line in text.splitlines() if line.startswith(f"| {UNTRAINED.name} |")][:1]
-    assert untrained.endswith("| 0 | 0 |")
+    assert untrained.endswith("| 0 | 0 |  |")
     assert "### What is trained" in text, "the untrained model is a row of it"
     assert "### Learning rate" not in text, "no row, no table"
 
 
 def test_without_rows_there_is_no_section(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results_ablations, "newest", lambda *names: [])
+    monkeypatch.setattr(results_ablations, "every", lambda name: [])
     monkeypatch.setattr(results_original, "every", lambda name: [])
     assert results_ablations.ablations() == results_original.original() == []
 

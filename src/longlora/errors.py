@@ -37,3 +37,8 @@ class InterruptedRunError(LongLoraError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What another library says of `error`, in one line of at most `most` characters; its kind if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

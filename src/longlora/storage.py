@@ -23,7 +23,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from longlora.errors import RunFolderError
+from longlora.errors import RunFolderError, one_line
 
 _MARK = "longlora-"
 _RANDOM = re.compile(r"[a-z0-9_]{8}")  # what tempfile puts behind its prefix
@@ -81,7 +81,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, Exception) and is_disk_full(error):
             free = shutil.disk_usage(path.parent).free
             raise RunFolderError(
-                f"{path} cannot be written ({' '.join(str(error).split())}; {gibibytes(free)} free): free the disk or "
+                f"{path} cannot be written ({one_line(error)}; {gibibytes(free)} free): free the disk or "
                 "name another place; nothing of it was left"
             ) from error
         raise

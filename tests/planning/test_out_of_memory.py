@@ -81,7 +81,7 @@ def test_without_a_plan_the_cheapest_lever_is_named() -> None:
     chosen = recipe(**{"train.loss_chunk_tokens": 2048})
     line = explain_out_of_memory(MemoryError(), chosen, None, CPU, step=0, resumable=False)
     assert "planned" not in line
-    assert "before the first step (no message)" in line
+    assert "before the first step (MemoryError)" in line
     assert "train again with train.loss_chunk_tokens=256 (there is no checkpoint yet)" in line
 
 

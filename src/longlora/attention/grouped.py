@@ -9,7 +9,7 @@ mask either: they are put in front of the queries, keys and values of each group
 output rows are dropped. They are earlier than everything in the group, so causality is untouched. Without sinks groups
 are views, with them one copy.
 
-Tensors are cut by `_split` and slices are only cut from short ones: the backward of a split is one concatenation, that
+Tensors are cut by `split` and slices are only cut from short ones: the backward of a split is one concatenation, that
 of each slice a zero tensor as large as what it was cut from.
 
 On the CPU the same is done by `cpu_flash.py`, which calls the kernel itself and copies less.
@@ -34,6 +34,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from longlora.attention.cpu_flash import cpu_flash_attention
 from longlora.attention.masks import WindowMasks
+from longlora.attention.parts import join, split
 from longlora.attention.pattern import HeadSlice, Pattern, Run, check_bounds, head_slices, pattern_shift, runs
 from longlora.attention.softcap import soft_capped_attention
 
@@ -109,14 +110,14 @@ def portable_attention(
     kernel = _Kernel(scaling, dropout, softcap, null_key, WindowMasks())
     slices = head_slices(H, k_BKTD.shape[1], pattern_shift(pattern))
     outputs = []
-    for bounds, *row in zip(bounds_B, *(_split(x, [1] * B, dim=0) for x in (q_BHTD, k_BKTD, v_BKTD)), strict=True):
+    for bounds, *row in zip(bounds_B, *(split(x, [1] * B, dim=0) for x in (q_BHTD, k_BKTD, v_BKTD)), strict=True):
         sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
         padding = T - bounds[-1]
-        documents = zip(*(_split(x, [*sizes, padding] if padding else sizes, dim=2) for x in row), strict=True)
+        documents = zip(*(split(x, [*sizes, padding] if padding else sizes, dim=2) for x in row), strict=True)
         outputs += [_document(q, k, v, slices, pattern, kernel) for q, k, v in itertools.islice(documents, len(sizes))]
         if padding:
             outputs.append(v_BKTD.new_zeros(1, padding, H, v_BKTD.shape[-1]))
-    return _join(outputs, dim=1).view(B, T, H, -1)
+    return join(outputs, dim=1).view(B, T, H, -1)
 
 
 def _with_number(q_BHTD: Tensor, number_H: Tensor) -> Tensor:
@@ -176,13 +177,13 @@ def _document(q: Tensor, k: Tensor, v: Tensor, slices: list[HeadSlice], pattern:
     """One document: q [1, H, T, D], k and v [1, K, T, D] -> [1, T, H, D]."""
     if len({run for piece in slices for run in runs(q.shape[2], pattern, shifted=piece.shifted)}) == 1:
         slices = head_slices(q.shape[1], k.shape[1], "none")  # one segment in every head: no need to tell them apart
-    q_slices = _split(q, [piece.query_heads for piece in slices], dim=1)
+    q_slices = split(q, [piece.query_heads for piece in slices], dim=1)
     k_heads, v_heads = _KVHeads(k, slices), _KVHeads(v, slices)
     outputs = []
     for piece, q_piece in zip(slices, q_slices, strict=True):
         cut = runs(q.shape[2], pattern, shifted=piece.shifted)
         outputs.append(_runs(q_piece, k_heads[piece], v_heads[piece], cut, kernel))
-    return _join(outputs, dim=2)
+    return join(outputs, dim=2)
 
 
 class _KVHeads:
@@ -191,7 +192,7 @@ class _KVHeads:
     def __init__(self, x_1KTD: Tensor, slices: list[HeadSlice]) -> None:
         widths = {piece.kv_start: piece.kv_heads for piece in slices}
         starts = sorted(widths)
-        self._views = dict(zip(starts, _split(x_1KTD, [widths[start] for start in starts], dim=1), strict=True))
+        self._views = dict(zip(starts, split(x_1KTD, [widths[start] for start in starts], dim=1), strict=True))
 
     def __getitem__(self, piece: HeadSlice) -> Tensor:
         return self._views[piece.kv_start]
@@ -200,7 +201,7 @@ class _KVHeads:
 def _runs(q: Tensor, k: Tensor, v: Tensor, cut: list[Run], kernel: _Kernel) -> Tensor:
     """All segments of one slice of heads -> [1, T, H, D]."""
     sizes = [run.stop - run.start for run in cut]
-    qkv_runs = [_split(x, sizes, dim=2) for x in (q, k, v)]
+    qkv_runs = [split(x, sizes, dim=2) for x in (q, k, v)]
     outputs: list[Tensor] = []
     for place, run in enumerate(cut):
         if run.history:
@@ -212,7 +213,7 @@ def _runs(q: Tensor, k: Tensor, v: Tensor, cut: list[Run], kernel: _Kernel) -> T
         groups = [_groups(x_runs[place], run, front) for x_runs, front in zip(qkv_runs, fronts, strict=True)]
         out_NSHD = kernel(*groups)[:, :, fronts[0].shape[2] :].transpose(1, 2)
         outputs.append(out_NSHD.reshape(1, run.count * run.size, *out_NSHD.shape[2:]))
-    return _join(outputs, dim=1)
+    return join(outputs, dim=1)
 
 
 def _sinks(x_runs: tuple[Tensor, ...], sinks: int) -> Tensor:
@@ -243,7 +244,7 @@ def _window_run(q_run: Tensor, k: Tensor, v: Tensor, run: Run, kernel: _Kernel) 
     parts = [Run(run.start, blocks * run.size, whole, history=run.history)]
     if rest:
         parts.append(Run(parts[0].stop, rest * run.size, 1, history=run.history))
-    for part, q_part in zip(parts, _split(q_run, [part.stop - part.start for part in parts], dim=2), strict=True):
+    for part, q_part in zip(parts, split(q_run, [part.stop - part.start for part in parts], dim=2), strict=True):
         yield _window_segments(q_part, k, v, part, run.size, kernel)
 
 
@@ -259,12 +260,12 @@ def _window_segments(q_part: Tensor, k: Tensor, v: Tensor, part: Run, size: int,
         mask = F.pad(mask, (1, 0))
     outputs = []
     starts = range(0, part.size, size)
-    for start, q_rows in zip(starts, _split(q_NHSD, [size] * len(starts), dim=2), strict=True):
+    for start, q_rows in zip(starts, split(q_NHSD, [size] * len(starts), dim=2), strict=True):
         k_rows, v_rows = (x[:, :, start : start + size + part.history] for x in (k_NKSD, v_NKSD))
         if kernel.null_key:
             k_rows, v_rows = torch.cat([k_null, k_rows], dim=2), torch.cat([v_null, v_rows], dim=2)
         outputs.append(kernel(q_rows, k_rows, v_rows, mask).transpose(1, 2))
-    return _join(outputs, dim=1).flatten(0, 1)[None]
+    return join(outputs, dim=1).flatten(0, 1)[None]
 
 
 def _null_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,12 +273,3 @@ def _null_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     k_null = torch.zeros_like(k[:, :, :1])
     k_null[..., -8] = 1.0
     return torch.zeros_like(q[:, :, :1]), k_null, torch.zeros_like(v[:, :, :1])
-
-
-def _split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
-    """A split into one part would copy its gradient."""
-    return (x,) if len(sizes) == 1 else x.split(sizes, dim)
-
-
-def _join(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

@@ -30,6 +30,7 @@ from torch import Tensor
 from longlora.attention.backends import Backend, Plans, attend
 from longlora.attention.halo_exchange import Exchange, Prefixes
 from longlora.attention.halo_plan import Edge, HaloPlan, Whole
+from longlora.attention.parts import join, split
 from longlora.attention.pattern import FULL, HeadSlice, Pattern, Run, S2Pattern, WindowPattern
 from longlora.errors import ModelError
 
@@ -101,8 +102,8 @@ def halo_attention(
         segments = partial(attention, sink_logits_H=logits)
         outputs[edge.row, edge.place].append(edge.attend(piece, arrived, segments))
     exchange.wait(len(plan.sends) - 1)  # what was sent must not be freed before
-    joined = [_join(heads, dim=2) for heads in outputs.values()]
-    return _join(joined, dim=1).view(B, T, H, -1)
+    joined = [join(heads, dim=2) for heads in outputs.values()]
+    return join(joined, dim=1).view(B, T, H, -1)
 
 
 def _require_group(plan: HaloPlan, group: dist.ProcessGroup | None) -> None:
@@ -117,12 +118,12 @@ def _require_group(plan: HaloPlan, group: dist.ProcessGroup | None) -> None:
 
 def _parts(plan: HaloPlan, *qkv_BXTD: Tensor) -> Iterator[list[tuple[Whole | Edge | int, tuple[Tensor, ...]]]]:
     """Of each row its parts in order, each with its queries, keys and values; padding is the number of its tokens."""
-    rows = zip(*(_split(x, [1] * len(plan.rows), dim=0) for x in qkv_BXTD), strict=True)
+    rows = zip(*(split(x, [1] * len(plan.rows), dim=0) for x in qkv_BXTD), strict=True)
     for parts, row in zip(plan.rows, rows, strict=True):
         padding = plan.stretch - sum(part.tokens for part in parts)
         every: list[Whole | Edge | int] = [*parts, padding] if padding else [*parts]
         sizes = [part if isinstance(part, int) else part.tokens for part in every]
-        yield list(zip(every, zip(*(_split(x, sizes, dim=2) for x in row), strict=True), strict=True))
+        yield list(zip(every, zip(*(split(x, sizes, dim=2) for x in row), strict=True), strict=True))
 
 
 class _Edge:
@@ -131,10 +132,10 @@ class _Edge:
     def __init__(self, row: int, place: int, edge: Edge, plan: HaloPlan, qkv: tuple[Tensor, ...]) -> None:
         self.row, self.place, self._edge, self._plan = row, place, edge, plan
         widths = {piece.kv_start: piece.kv_heads for piece in plan.slices}
-        queries = _split(qkv[0], [piece.query_heads for piece in plan.slices], dim=1)
+        queries = split(qkv[0], [piece.query_heads for piece in plan.slices], dim=1)
         self._queries = dict(zip(plan.slices, queries, strict=True))
         # Slices that share a key/value head get the same view of it.
-        keys, values = (_split(x, list(widths.values()), dim=1) for x in qkv[1:])
+        keys, values = (split(x, list(widths.values()), dim=1) for x in qkv[1:])
         self._keys_values = dict(zip(widths, zip(keys, values, strict=True), strict=True))
 
     def stage(self, piece: HeadSlice) -> int:
@@ -147,8 +148,8 @@ class _Edge:
         prefix = arrived.get((self.row, piece.kv_start)) or tuple(x.detach()[:, :, :0] for x in kv)
         begun, cut = self._edge.skipped, self._edge.cuts[piece.shifted]
         sizes = [run.stop - max(run.start, begun) for run in cut]
-        q_runs = _split(self._queries[piece], sizes, dim=2)
-        kv_runs = [_split(x, sizes, dim=2) for x in kv]
+        q_runs = split(self._queries[piece], sizes, dim=2)
+        kv_runs = [split(x, sizes, dim=2) for x in kv]
         outputs = []
         for place, run in enumerate(cut):
             halo = max(begun - run.start, 0)
@@ -162,7 +163,7 @@ class _Edge:
             if rows:
                 out_1TkD = out_1TkD.unflatten(1, (run.count, -1))[:, :, rows:].flatten(1, 2)
             outputs.append(out_1TkD)
-        return _join(outputs, dim=1)
+        return join(outputs, dim=1)
 
 
 def _in_groups(pattern: Pattern, tokens: int, run: Run) -> Pattern:
@@ -187,12 +188,3 @@ def _with_front(x_1XTD: Tensor, front_1XFD: Tensor, count: int) -> Tensor:
         return x_1XTD
     x_1XNSD = x_1XTD.unflatten(2, (count, -1))
     return torch.cat([front_1XFD[:, :, None].expand(-1, -1, count, -1, -1), x_1XNSD], dim=3).flatten(2, 3)
-
-
-def _split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
-    """A split into one part would copy its gradient."""
-    return (x,) if len(sizes) == 1 else x.split(sizes, dim)
-
-
-def _join(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

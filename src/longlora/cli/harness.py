@@ -19,7 +19,7 @@ from longlora.artifacts import RunFolder, write_json
 from longlora.cli.options import OverridesArgument, console, read_recipe
 from longlora.config import ContextConfig, EvalConfig, ModelConfig, Recipe
 from longlora.config.plain_yaml import read_yaml
-from longlora.errors import RecipeError
+from longlora.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from longlora.evaluation.harness.run import HarnessResult
@@ -91,7 +91,7 @@ def _yaml_value(key: str, text: str) -> object:
     try:
         return read_yaml(text)
     except yaml.YAMLError as error:
-        why = " ".join(str(error).split())[:80]
+        why = one_line(error, 80)
         raise RecipeError(f"--metadata {key}={text[:60]} is no YAML value ({why})") from error
 
 

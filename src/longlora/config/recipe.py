@@ -25,7 +25,7 @@ from longlora.config.sections import (
     TrainConfig,
     even_above,
 )
-from longlora.errors import RecipeError
+from longlora.errors import RecipeError, one_line
 from longlora.hints import explain
 
 
@@ -93,7 +93,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         values = read_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"recipe {path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} holds {type(values).__name__}, not a mapping of settings")
     return build_recipe(values, overrides, source=str(path))

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longlora.errors import DataError
+from longlora.errors import DataError, one_line
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow
 
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 
-_BATCH_ROWS = 64  # a row may be a whole book
+BATCH_ROWS = 64  # a row may be a whole book
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -35,7 +36,7 @@ def local_path(source: str) -> Path:
     try:
         return Path(source).expanduser()
     except RuntimeError as error:
-        raise DataError(f"{source} cannot be found ({' '.join(str(error).split())}): give the whole path") from None
+        raise DataError(f"{source} cannot be found ({one_line(error)}): give the whole path") from None
 
 
 def decode(raw: str | bytes | None) -> str | None:
@@ -87,11 +88,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise unreadable(path, error) from error
 
 
-def _json_field(line: str, text_field: str, place: str) -> str | None:
+def json_value(line: str, place: str) -> Any:
+    """The value of a line of JSON; `DataError` if it is none."""
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not valid JSON ({error}): write one JSON object on each line") from None
+
+
+def _json_field(line: str, text_field: str, place: str) -> str | None:
+    record = json_value(line, place)
     if not isinstance(record, dict):
         raise DataError(f"{place} holds a JSON {type(record).__name__}: write one JSON object on each line")
     if text_field not in record:
@@ -110,12 +116,10 @@ def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[Raw]:
         with parquet.ParquetFile(path) as file:
             if text_field not in file.schema_arrow.names:
                 raise _missing_field(str(path), text_field, file.schema_arrow.names)
-            columns = (batch.column(0) for batch in file.iter_batches(_BATCH_ROWS, columns=[text_field]))
+            columns = (batch.column(0) for batch in file.iter_batches(BATCH_ROWS, columns=[text_field]))
             yield from _rows(columns, name, text_field, str(path))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a whole parquet file ({_one_line(error)}): write or download it again"
-        ) from error
+        raise DataError(f"{path} is not a whole parquet file ({_named(error)}): write or download it again") from error
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -139,54 +143,57 @@ def _rows(
 
 def saved_dataset_reader(folder: Path) -> Reader:
     """The reader of a folder saved with ``datasets.save_to_disk``."""
+    return lambda text_field: _dataset_rows(saved_dataset(folder), folder.resolve().name, text_field, f"{folder}")
 
-    def read(text_field: str) -> Iterator[Raw]:
-        import datasets
 
-        try:
-            dataset = datasets.load_from_disk(str(folder))
-        except Exception as error:  # datasets raises many kinds for a damaged folder
-            raise DataError(f"saved dataset {folder} cannot be loaded ({_one_line(error)}): save it again") from error
-        if isinstance(dataset, datasets.DatasetDict):
-            splits = list(dataset)
-            if "train" not in splits:
-                raise DataError(
-                    f"saved dataset {folder} has no split 'train', it has {_quoted(splits)}: give FOLDER/SPLIT"
-                )
-            dataset = dataset["train"]
-        yield from _dataset_rows(dataset, folder.resolve().name, text_field, str(folder))
+def saved_dataset(folder: Path) -> datasets.Dataset:
+    """The dataset, or its split ``train``; `DataError` if it is damaged or has no such split."""
+    import datasets
 
-    return read
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets raises many kinds for a damaged folder
+        raise DataError(f"saved dataset {folder} cannot be loaded ({_named(error)}): save it again") from error
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if "train" not in dataset:
+        raise DataError(f"saved dataset {folder} has no split 'train', it has {_quoted(dataset)}: give FOLDER/SPLIT")
+    return dataset["train"]
 
 
 def hub_reader(source: str) -> Reader:
     """The reader of a hub dataset ``id`` or ``id:split``; `DataError` if `source` cannot be an id."""
-    name, _, split = source.partition(":")
-    split = split or "train"
+    name, split = _id_and_split(source)
     if not _HUB_ID.fullmatch(name) or Path(name).suffix.lower() in SUFFIXES:
         raise DataError(
             f"{source} does not exist: give a file, a folder or the id of a dataset on the Hugging Face hub"
         )
-
-    def read(text_field: str) -> Iterator[Raw]:
-        import datasets
-
-        try:
-            dataset = datasets.load_dataset(name, split=split)
-        except Exception as error:  # datasets raises many kinds: no such id or split, no network, needs remote code
-            raise DataError(
-                f"{source} does not exist here and cannot be loaded from the Hugging Face hub with split {split!r} "
-                f"({_one_line(error)}): give an existing path, an id with its split as ID:SPLIT, or local files"
-            ) from error
-        yield from _dataset_rows(dataset, f"{name}:{split}", text_field, f"dataset {name}")
-
-    return read
+    return lambda text_field: _dataset_rows(hub_dataset(source), f"{name}:{split}", text_field, f"dataset {name}")
 
 
-def _dataset_rows(dataset: Any, name: str, text_field: str, place: str) -> Iterator[Raw]:
+def hub_dataset(source: str) -> datasets.Dataset:
+    """A dataset of the hub, ``id`` or ``id:split``, without running its code; `DataError` if it cannot be had."""
+    import datasets
+
+    name, split = _id_and_split(source)
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets raises many kinds: no such id or split, no network, needs remote code
+        raise DataError(
+            f"{source} does not exist here and cannot be loaded from the Hugging Face hub with split {split!r} "
+            f"({_named(error)}): give an existing path, an id with its split as ID:SPLIT, or local files"
+        ) from error
+
+
+def _id_and_split(source: str) -> tuple[str, str]:
+    name, _, split = source.partition(":")
+    return name, split or "train"
+
+
+def _dataset_rows(dataset: datasets.Dataset, name: str, text_field: str, place: str) -> Iterator[Raw]:
     if text_field not in dataset.column_names:
         raise _missing_field(place, text_field, dataset.column_names)
-    tables = dataset.select_columns([text_field]).with_format("arrow").iter(batch_size=_BATCH_ROWS)
+    tables = dataset.select_columns([text_field]).with_format("arrow").iter(batch_size=BATCH_ROWS)
     yield from _rows((table.column(0) for table in tables), name, text_field, place)
 
 
@@ -205,12 +212,13 @@ def _not_text(place: str, text_field: str, kind: str) -> DataError:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """The error for a path that the operating system does not let us read."""
-    reason = error.strerror or _one_line(error)
+    reason = error.strerror or _named(error)
     return DataError(f"{error.filename or path} cannot be read ({reason}): check its permissions and the disk")
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _named(error: Exception) -> str:
+    """Kind and message of an error, without line breaks."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def visible_files(folder: Path) -> Iterator[Path]:

@@ -11,11 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlora.data.formats import any_of, decode, local_path, unreadable, visible_files
+from longlora.data.formats import (
+    BATCH_ROWS,
+    any_of,
+    decode,
+    hub_dataset,
+    json_value,
+    local_path,
+    saved_dataset,
+    unreadable,
+    visible_files,
+)
 from longlora.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-_BATCH_ROWS = 64
 _SPACE = " \t\r\n"
 
 
@@ -43,7 +52,7 @@ def record_readers(source: str) -> list[Callable[[], Iterator[Record]]]:
     try:
         if path.is_dir():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-                return [lambda: _saved_dataset(path)]
+                return [lambda: _rows(saved_dataset(path), path.resolve().name, str(path))]
             return [_file_reader(file) for file in _files(path)]
         if path.is_file():
             return [_file_reader(path)]
@@ -51,7 +60,7 @@ def record_readers(source: str) -> list[Callable[[], Iterator[Record]]]:
         raise unreadable(path, error) from error
     if not source.strip() or path.suffix.lower() in (*SUFFIXES, ".txt", ".md") or source.count("/") > 1:
         raise DataError(f"{source!r} does not exist: give a file, a folder or the id of a dataset on the hub")
-    return [lambda: _hub_dataset(source)]
+    return [lambda: _rows(hub_dataset(source), source, f"dataset {source}")]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -83,7 +92,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 if text is None:
                     raise DataError(f"{path}:{number} is not UTF-8: convert the file")
                 if text.strip():
-                    yield _record(path, number, _parsed(text, f"{path}:{number}"))
+                    yield _record(path, number, json_value(text, f"{path}:{number}"))
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -125,13 +134,6 @@ def _after_space(text: str, position: int) -> int:
     return position
 
 
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not valid JSON ({error}): write one JSON object on each line") from None
-
-
 def _record(path: Path, number: int, value: Any) -> Record:
     place = f"{path}:{number}"
     if not isinstance(value, dict):
@@ -145,7 +147,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
+            rows = (row for batch in file.iter_batches(BATCH_ROWS) for row in batch.to_pylist())
             yield from _rows(rows, path.name, str(path))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a whole parquet file with UTF-8 ({error}): write it again") from error
@@ -153,40 +155,8 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise unreadable(path, error) from error
 
 
-def _saved_dataset(folder: Path) -> Iterator[Record]:
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(str(folder))
-    except Exception as error:  # datasets raises many kinds for a damaged folder
-        raise DataError(f"saved dataset {folder} cannot be loaded ({_one_line(error)}): save it again") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if "train" not in dataset:
-            raise DataError(f"saved dataset {folder} has no split 'train', it has {list(dataset)}: give FOLDER/SPLIT")
-        dataset = dataset["train"]
-    yield from _rows(dataset, folder.resolve().name, str(folder))
-
-
-def _hub_dataset(source: str) -> Iterator[Record]:
-    import datasets
-
-    name, _, split = source.partition(":")
-    try:
-        dataset = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # no such id or split, no network, needs remote code
-        raise DataError(
-            f"{source} does not exist here and cannot be loaded from the Hugging Face hub ({_one_line(error)}): give "
-            "an existing path, an id with its split as ID:SPLIT, or local files"
-        ) from error
-    yield from _rows(dataset, source, f"dataset {source}")
-
-
 def _rows(rows: Iterable[dict[str, Any]], name: str, place: str) -> Iterator[Record]:
     for number, row in enumerate(rows):
         # Columns that a row does not have are empty in these formats; in JSON they are missing.
         present = {key: value for key, value in row.items() if value is not None}
         yield Record(f"{name}:{number}", f"{place}:{number}", present)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

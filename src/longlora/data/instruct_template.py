@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from longlora.config import InstructConfig
 from longlora.data.formats import local_path
 from longlora.data.shards import bound_tokens
-from longlora.errors import DataError
+from longlora.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,7 +177,7 @@ def _write(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], place: str
 
 
 def _refused(place: str, error: Exception) -> DataError:
-    return DataError(f"{place}: the chat template does not take this conversation ({' '.join(str(error).split())})")
+    return DataError(f"{place}: the chat template does not take this conversation ({one_line(error)})")
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longlora.data.formats import unreadable
-from longlora.errors import DataError
+from longlora.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -212,7 +212,7 @@ def _pdf_text(content: bytes, name: str) -> tuple[str, str]:
     except DataError:
         raise
     except Exception as error:  # pypdf raises many kinds for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise DataError(f"{name} cannot be read as PDF ({reason}): open and save it again, or give its text") from error
     blank = sum(not page.strip() for page in pages)
     if blank == len(pages):

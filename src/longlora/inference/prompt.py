@@ -9,7 +9,7 @@ from typing import Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from longlora.errors import ModelError
+from longlora.errors import ModelError, one_line
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Messa
             messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
         )
     except (TemplateError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"the model's chat template does not take this conversation ({reason})") from error
     return [int(token) for token in tokens]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longlora.config import ModelConfig
-from longlora.errors import ModelError
+from longlora.errors import ModelError, one_line
 from longlora.inference.address import require_free
 from longlora.inference.load import locate
 from longlora.model.build import load_config
@@ -58,5 +58,5 @@ def serve(model: str, host: str, port: int) -> None:
     try:
         Serve(force_model=model, host=host, port=port, trust_remote_code=False, enable_cors=False)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"model {model} cannot be served ({reason}): give a merged model folder") from error

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longlora.config import Recipe
-from longlora.errors import ModelError
+from longlora.errors import ModelError, one_line
 from longlora.memory.embeddings import free_frozen_embeddings
 from longlora.memory.tiled_mlp import tile_mlps
 from longlora.model.adapters import norms
@@ -87,7 +87,7 @@ def _need_package(setting: str, module: str, requirement: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:  # packages with binaries for certain machines fail in ways of their own
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error, 160)
         raise ModelError(
             f"{setting} needs the package {module}, which cannot be imported here ({reason}): install one that fits "
             f"with pip install '{requirement}', or leave {setting.partition('=')[0]} out"
@@ -101,8 +101,7 @@ def _need_compiler() -> None:
         get_cpp_compiler()
     except RuntimeError as error:  # InvalidCxxCompiler
         raise ModelError(
-            f"train.compile_norms=true needs a C++ compiler ({' '.join(str(error).split())[:120]}): "
-            "install g++ or leave it out"
+            f"train.compile_norms=true needs a C++ compiler ({one_line(error, 120)}): install g++ or leave it out"
         ) from error
 
 

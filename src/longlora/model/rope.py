@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longlora.config import Recipe
-from longlora.errors import ModelError
+from longlora.errors import ModelError, one_line
 
 _NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor")
 _RESCALABLE = ("default", "linear", "yarn", "llama3")
@@ -86,7 +86,7 @@ def rescale_rope(
     try:
         type(config).from_dict(extended.to_dict())
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"model type {config.model_type!r} does not take rope_type {rope_type!r}: {reason}") from error
     return extended, RopeChange(original, context_length, before, after)
 

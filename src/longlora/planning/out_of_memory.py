@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from longlora.config import CHANGEABLE_ON_RESUME, Recipe
-from longlora.errors import ModelError
+from longlora.errors import ModelError, one_line
 from longlora.memory.limit import limited_memory
 from longlora.planning.levers import Lever, levers
 from longlora.planning.machines import free_memory
@@ -62,7 +62,7 @@ def explain_out_of_memory(
         resumable: whether there is a whole checkpoint.
     """
     left = levers(recipe, cuda=device.type == "cuda")
-    what = " ".join(str(error).split())[:160] or "no message"
+    what = one_line(error, 160)
     when = f"in step {step}" if step else "before the first step"
     line = f"out of memory on {device.type} {when} ({what}) at {recipe.context.context_length:,} tokens"
     if memory is not None:

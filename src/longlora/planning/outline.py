@@ -21,7 +21,7 @@ from longlora.attention.layers import attention_modules, has_window, layer_patte
 from longlora.attention.pattern import FULL, Pattern, S2Pattern, WindowPattern
 from longlora.config import AttentionConfig, Recipe
 from longlora.data.shards import open_shard
-from longlora.errors import ModelError
+from longlora.errors import ModelError, one_line
 from longlora.model.adapters import is_linear, norms
 from longlora.model.trainable import TrainedModel, make_trainable
 
@@ -109,7 +109,7 @@ def meta_base(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
             )
     except Exception as error:
         raise ModelError(
-            f"model type {config.model_type!r} cannot be planned ({' '.join(str(error).split())}): "
+            f"model type {config.model_type!r} cannot be planned ({one_line(error)}): "
             "give a config of a causal language model known to transformers"
         ) from error
 

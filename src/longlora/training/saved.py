@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 
 from longlora.artifacts import MANIFEST, read_json
-from longlora.errors import RunFolderError
+from longlora.errors import RunFolderError, one_line
 from longlora.planning.out_of_memory import is_out_of_memory
 from longlora.training.failures import is_lost_contact
 
@@ -148,7 +148,7 @@ def explained_states(folder: Path) -> Iterator[None]:
     except _MISFITS as error:
         if is_out_of_memory(error) or is_lost_contact(error):
             raise
-        words = " ".join(str(error).split())[:200] or type(error).__name__
+        words = one_line(error, 200)
         raise RunFolderError(
             f"the states in {folder} do not fit the run ({words}): remove that folder; `longlora resume` goes on from "
             "the checkpoint before it, and where there is none `longlora train` starts again"

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from longlora.config import Recipe
-from longlora.errors import ModelError
+from longlora.errors import ModelError, one_line
 from longlora.training.loss_model import LossModel
 
 STAGES = {"zero2": 2, "zero3": 3}
@@ -63,7 +63,7 @@ def check_zero(recipe: Recipe) -> None:
     try:
         importlib.import_module(_PACKAGE)
     except Exception as error:  # it looks for compilers and drivers, and fails in ways of its own
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error, 160)
         raise ModelError(
             f"{setting} needs the package deepspeed, which cannot be imported here ({reason}): install one that fits "
             "with pip install 'longlora[deepspeed]', or set parallel.shard=fsdp2"
