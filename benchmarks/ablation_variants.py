@@ -109,18 +109,26 @@ _ATTENTION = (
 
 # Interpolation makes SmolLM2 forget how to look a number up, and few steps do not bring that back; yarn does not.
 _YARN = ("context.rope_type=yarn", "eval.passkey.num_trials=2")
-_RETRIEVAL = tuple(
-    Variant(f"{name}, yarn", (*_YARN, *how), matters="untrained" not in name)
-    for name, how in (
-        ("RoPE only, untrained", UNTRAINED.overrides),
-        ("full attention", FULL_ATTENTION.overrides),
-        ("S2, T/4, no sinks (paper)", ("attention.sink_tokens=0",)),
-        ("S2, T/4, 4 sinks", ()),
-        ("no shift, T/4, 4 sinks", (_NO_SHIFT,)),
-        ("S2, T/4, 4 sinks, last 20% full", (_last(0.2),)),
-        ("S2, T/4, 4 sinks, rate 1e-4", ("train.learning_rate=1e-4",)),
-        ("full attention, rate 1e-4", (*FULL_ATTENTION.overrides, "train.learning_rate=1e-4")),
-    )
+
+
+def _with_yarn(name: str, *how: str, matters: bool = True) -> Variant:
+    return Variant(f"{name}, yarn", (*_YARN, *how), matters)
+
+
+_SLOW = "train.learning_rate=1e-4"
+_RETRIEVAL = (
+    _with_yarn("RoPE only, untrained", *UNTRAINED.overrides, matters=False),
+    _with_yarn("full attention", *FULL_ATTENTION.overrides),
+    _with_yarn("S2, T/4, no sinks (paper)", "attention.sink_tokens=0"),
+    _with_yarn("S2, T/4, 4 sinks"),
+    _with_yarn("no shift, T/4, 4 sinks", _NO_SHIFT),
+    _with_yarn("S2, T/4, 4 sinks, last 20% full", _last(0.2)),
+    _with_yarn("S2, T/4, 4 sinks, rate 1e-4", _SLOW),
+    _with_yarn("full attention, rate 1e-4", *FULL_ATTENTION.overrides, _SLOW),
+    _with_yarn("S2, T/2, 4 sinks", "attention.group_size_ratio=0.5", matters=False),
+    _with_yarn("S2, T/4, 4 sinks, every 4th layer full", _EVERY_4TH, matters=False),
+    _with_yarn("S2, T/4, 16 sinks", "attention.sink_tokens=16", matters=False),
+    _with_yarn("S2, T/8, 4 sinks", "attention.group_size_ratio=0.125", matters=False),
 )
 
 # The first two are rows of retrieval as well. Cut documents are packed, so that a row holds as many tokens of text.

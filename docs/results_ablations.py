@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from results_rows import ROOT, Row, every, newest, origin, table
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from ablation_variants import EXPERIMENTS, FULL_ATTENTION, UNTRAINED, Size, Variant
+from ablation_variants import EXPERIMENTS, FULL_ATTENTION, Size, Variant
 
 _SEEDS = range(10)
 _TITLES = {
     "attention": "Attention in training",
-    "retrieval": "Retrieval, with yarn",
+    "retrieval": "Attention in training and retrieval, with yarn",
     "trained": "What is trained",
     "rope": "RoPE",
     "rate": "Learning rate",
@@ -44,16 +44,22 @@ class Ablations:
             else []
         )
 
-    def kept(self, variant: Variant, measure: str) -> str:
-        """The part of full attention's gain over RoPE alone, paired by seed, in per cent."""
-        untrained, full = self.of(UNTRAINED), self.of(FULL_ATTENTION)
+    def kept(self, variant: Variant, measure: str, untrained: Variant, full: Variant) -> str:
+        """The part of the gain of `full` over `untrained`, which has one seed; paired by seed, in per cent."""
+        before, fulls = self.of(untrained).get(0), self.of(full)
         parts = [
-            (float(untrained[0][measure]) - float(row[measure]))
-            / (float(untrained[0][measure]) - float(full[seed][measure]))
+            (float(before[measure]) - float(row[measure])) / (float(before[measure]) - float(fulls[seed][measure]))
             for seed, row in self.of(variant).items()
-            if seed in full and 0 in untrained
+            if before and seed in fulls
         ]
         return _spread((str(100 * part) for part in parts), digits=0)
+
+    def beside(self, variant: Variant, other: Variant, measure: str) -> str:
+        """The difference to `other`, paired by seed."""
+        rows, others = self.of(variant), self.of(other)
+        return _spread(
+            str(float(rows[seed][measure]) - float(others[seed][measure])) for seed in rows if seed in others
+        )
 
 
 def _spread(values: Iterable[str], digits: int = 3) -> str:
@@ -63,6 +69,25 @@ def _spread(values: Iterable[str], digits: int = 3) -> str:
         return ""
     mean = f"{statistics.mean(numbers):.{digits}f}"
     return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def _full_with_yarn(variant: Variant) -> Variant:
+    """Full attention at the rate of `variant`, with yarn."""
+    name = "full attention, rate 1e-4, yarn" if "rate 1e-4" in variant.name else "full attention, yarn"
+    return next(other for other in EXPERIMENTS["retrieval"] if other.name == name)
+
+
+def _more(found: Ablations, name: str, variant: Variant, of_full: dict[str, str]) -> dict[str, str]:
+    """Columns that only the tables on attention have: title -> cell."""
+    if name == "attention":
+        full, more = FULL_ATTENTION, {"time of a step, full attention's = 1": of_full.get(variant.name, "")}
+    elif name == "retrieval":
+        full = _full_with_yarn(variant)
+        more = {"passkey 2x less full attention's": found.beside(variant, full, "passkey_2x")}
+    else:
+        return {}
+    kept = [found.kept(variant, loss, EXPERIMENTS[name][0], full) for loss in ("loss_1x", "loss_2x")]
+    return {"% of full attention's gain kept, 1x": kept[0], "2x": kept[1]} | more
 
 
 def ablations() -> list[str]:
@@ -92,13 +117,9 @@ def ablations() -> list[str]:
         lines = [(variant, line) for variant in variants if (line := found.line(variant))]
         if not lines:
             continue
-        head, cells = list(_HEAD), [line for _, line in lines]
-        if name == "attention":
-            head += ["% of full attention's gain kept, 1x", "2x", "time of a step, full attention's = 1"]
-            cells = [
-                [*line, *(found.kept(variant, loss) for loss in ("loss_1x", "loss_2x")), of_full.get(variant.name, "")]
-                for variant, line in lines
-            ]
+        more = [_more(found, name, variant, of_full) for variant, _ in lines]
+        head = [*_HEAD, *more[0]]
+        cells = [[*line, *columns.values()] for (_, line), columns in zip(lines, more, strict=True)]
         parts += [f"### {_TITLES[name]}", table(head, cells)]
         if name == "attention" and steps:
             parts += [

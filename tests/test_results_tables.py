@@ -45,6 +45,22 @@ def test_the_part_that_is_kept_is_of_the_full_attention_of_the_same_seed(monkeyp
     assert "### Learning rate" not in text, "no row, no table"
 
 
+def test_retrieval_is_beside_full_attention_of_the_same_seed_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name = {variant.name: variant for variant in EXPERIMENTS["retrieval"]}
+    full, slow = by_name["full attention, yarn"], by_name["full attention, rate 1e-4, yarn"]
+    sinks, slow_sinks = by_name["S2, T/4, 4 sinks, yarn"], by_name["S2, T/4, 4 sinks, rate 1e-4, yarn"]
+    passkeys = [(full, 0, "-3"), (full, 1, "-5"), (sinks, 0, "-4"), (sinks, 1, "-7"), (sinks, 2, "-90")]
+    passkeys += [(slow, 0, "-1"), (slow_sinks, 0, "-1.5")]
+    rows = [row(variant, seed, passkey_2x=value) for variant, seed, value in passkeys]
+    monkeypatch.setattr(results_ablations, "every", lambda name: rows)
+    monkeypatch.setattr(results_ablations, "newest", lambda *names: [])
+    lines = "\n".join(results_ablations.ablations()).splitlines()
+    last = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[-1] for line in lines if line.startswith("| ")}
+    assert last[sinks.name] == "-1.500 ± 0.707"
+    assert last[slow_sinks.name] == "-0.500"
+    assert last[full.name] == "0.000 ± 0.000"
+
+
 def test_without_rows_there_is_no_section(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results_ablations, "every", lambda name: [])
     monkeypatch.setattr(results_original, "every", lambda name: [])
