@@ -80,7 +80,8 @@ def _full_with_yarn(variant: Variant) -> Variant:
 def _more(found: Ablations, name: str, variant: Variant, of_full: dict[str, str]) -> dict[str, str]:
     """Columns that only the tables on attention have: title -> cell."""
     if name == "attention":
-        full, more = FULL_ATTENTION, {"time of a step, full attention's = 1": of_full.get(variant.name, "")}
+        full = FULL_ATTENTION
+        more = {"time of a step, full attention's = 1": of_full.get(variant.name, "")} if of_full else {}
     elif name == "retrieval":
         full = _full_with_yarn(variant)
         more = {"passkey 2x less full attention's": found.beside(variant, full, "passkey_2x")}
@@ -121,7 +122,7 @@ def ablations() -> list[str]:
         head = [*_HEAD, *more[0]]
         cells = [[*line, *columns.values()] for (_, line), columns in zip(lines, more, strict=True)]
         parts += [f"### {_TITLES[name]}", table(head, cells)]
-        if name == "attention" and steps:
+        if name == "attention" and of_full:
             parts += [
                 f"Time: `python benchmarks/bench_patterns.py --contexts {context}`: forward and backward pass of the "
                 f"model's shape, median of interleaved passes in {steps[0]['dtype']}. {origin(steps)}. So short a row "
