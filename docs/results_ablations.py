@@ -125,7 +125,7 @@ def ablations() -> list[str]:
         if name == "attention" and of_full:
             parts += [
                 f"Time: `python benchmarks/bench_patterns.py --contexts {context}`: forward and backward pass of the "
-                f"model's shape, median of interleaved passes in {steps[0]['dtype']}. {origin(steps)}. So short a row "
-                "spends little on attention; longer ones: [a whole training step](#a-whole-training-step)."
+                f"model's shape, median of interleaved passes in {steps[0]['dtype']}. {origin(steps)}. Longer "
+                "rows: [a whole training step](#a-whole-training-step)."
             ]
     return parts
