@@ -14,6 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import yaml
+from ablation_variants import EXPERIMENTS, FULL_ATTENTION, UNTRAINED, Size, Variant
 from bench_train_step import SHAPES
 from rows import append_rows, device_for_benchmark, interleaved, percentiles
 from torch import nn
@@ -23,29 +25,28 @@ from longlora import use_s2
 from longlora.planning.machines import has_bfloat16_products
 from longlora.training.loss_model import LossModel
 
-FULL = "full attention"
-# Names as in ablation_variants.py; groups as a part of the row.
-PATTERNS: dict[str, dict[str, Any]] = {
-    FULL: {"full_attention_layers": "all"},
-    "S2, T/4, no sinks (paper)": {"part": 4, "sink_tokens": 0},
-    "S2, T/4, 4 sinks": {"part": 4},
-    "no shift, T/4, 4 sinks": {"part": 4, "shift": "none"},
-    "S2, T/4, 1 sink": {"part": 4, "sink_tokens": 1},
-    "S2, T/4, 16 sinks": {"part": 4, "sink_tokens": 16},
-    "no shift, T/4, no sinks": {"part": 4, "sink_tokens": 0, "shift": "none"},
-    "S2, T/4, 4 sinks, every 4th layer full": {"part": 4, "full_attention_layers": range(3, 30, 4)},
-    "S2, T/4, no sinks, every 4th layer full": {"part": 4, "sink_tokens": 0, "full_attention_layers": range(3, 30, 4)},
-    "S2, T/2, 4 sinks": {"part": 2},
-    "S2, T/8, 4 sinks": {"part": 8},
-    "S2, T/2, no sinks": {"part": 2, "sink_tokens": 0},
-    "S2, T/8, no sinks": {"part": 8, "sink_tokens": 0},
-    "S2, T/4, 4 sinks, all heads of every other layer shifted": {"part": 4, "shift": "layers"},
+# What changes during training, and what is not trained, has no step of its own.
+PATTERNS = {
+    variant.name: variant
+    for variant in EXPERIMENTS["attention"]
+    if variant != UNTRAINED and not any("final_fraction" in override for override in variant.overrides)
 }
 
 
+def s2_settings(variant: Variant, context: int) -> dict[str, Any]:
+    """Arguments of `use_s2` for rows of `context` tokens."""
+    overrides = (one.partition("=") for one in variant.settings(Size(context, steps=1), seed=0))
+    values = {
+        key.removeprefix("attention."): yaml.safe_load(value) for key, _, value in overrides if "attention." in key
+    }
+    values["group_size"] = int(context * values.pop("group_size_ratio"))
+    if values.pop("pattern", None) == "full":
+        values["full_attention_layers"] = "all"
+    return values
+
+
 def step(loss_model: LossModel, model: nn.Module, ids: torch.Tensor, settings: dict[str, Any]) -> None:
-    values = dict(settings)
-    use_s2(model, group_size=ids.shape[1] // values.pop("part", 1), **values)
+    use_s2(model, **settings)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     loss = loss_model(input_ids=ids, position_ids=positions, labels=ids, num_items_in_batch=ids.shape[1] - 1)["loss"]
     loss.backward()
@@ -55,7 +56,7 @@ def step(loss_model: LossModel, model: nn.Module, ids: torch.Tensor, settings: d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048])
-    parser.add_argument("--only", nargs="+", choices=PATTERNS, default=list(PATTERNS), help=f"{FULL} is always there")
+    parser.add_argument("--only", nargs="+", choices=PATTERNS, default=list(PATTERNS), help="beside full attention")
     parser.add_argument("--repeats", type=int, default=3, help="of each pattern, after one that does not count")
     args = parser.parse_args()
     device = device_for_benchmark()
@@ -69,11 +70,10 @@ def main() -> None:
                 module.requires_grad_(False)
         loss_model = LossModel(model, 1024, dtype)
         ids = torch.randint(config.vocab_size, (1, context), device=device)
-        names = [FULL, *(name for name in args.only if name != FULL)]
-        times = interleaved(
-            {name: partial(step, loss_model, model, ids, PATTERNS[name]) for name in names}, args.repeats, device
-        )
-        full = percentiles(times[FULL])[1]
+        names = dict.fromkeys([FULL_ATTENTION.name, *args.only])
+        ways = {name: partial(step, loss_model, model, ids, s2_settings(PATTERNS[name], context)) for name in names}
+        times = interleaved(ways, args.repeats, device)
+        full = percentiles(times[FULL_ATTENTION.name])[1]
         rows = []
         for name, seconds in times.items():
             p20, median, p80 = percentiles(seconds)

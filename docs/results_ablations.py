@@ -124,7 +124,8 @@ def ablations() -> list[str]:
         parts += [f"### {_TITLES[name]}", table(head, cells)]
         if name == "attention" and of_full:
             parts += [
-                f"Time: `python benchmarks/bench_patterns.py --contexts {context}`: forward and backward pass of the "
+                f"Time: `python benchmarks/bench_patterns.py --contexts {context} --repeats "
+                f"{steps[0]['repeats']}`: forward and backward pass of the "
                 f"model's shape, median of interleaved passes in {steps[0]['dtype']}. {origin(steps)}. Longer "
                 "rows: [a whole training step](#a-whole-training-step)."
             ]

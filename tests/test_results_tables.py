@@ -29,7 +29,7 @@ def test_the_part_that_is_kept_is_of_the_full_attention_of_the_same_seed(monkeyp
         row(PAPER, 2, loss_1x="5", loss_2x="5"),  # without a partner
         row(PAPER, 0, Size(1024, 99), loss_1x="1"),
     ]
-    timed = {"pattern": PAPER.name, "context": "2048", "of_full_attention": "0.912", "dtype": "float32"}
+    timed = {"pattern": PAPER.name, "context": "2048", "of_full_attention": "0.912", "dtype": "float32", "repeats": "3"}
     monkeypatch.setattr(results_ablations, "every", lambda name: rows)
     monkeypatch.setattr(results_ablations, "newest", lambda *names: [rows[0] | timed])
     text = "\n".join(results_ablations.ablations())
