@@ -10,19 +10,20 @@ FEW = {"adapter": 60, "uploaded files": 150, "instructions.parquet": 150}
 SEED = 8
 
 
-def check(name: str, outcome: Outcome) -> None:
+def check(name: str, outcome: Outcome, seconds: float) -> None:
     print(f"{name}: seed {SEED}, {outcome.summary()}")
     assert not outcome.findings, "\n\n".join(f"{key}\n{text}" for key, text in outcome.findings.items())
-    assert outcome.slowest < SECONDS, outcome.summary()
+    assert outcome.slowest < seconds, outcome.summary()
     assert outcome.refused > 0 or name == "documents.txt", "nothing was refused: the mutations do not reach the reader"
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_few_hundred_inputs(name: str) -> None:
-    check(name, fuzz(name, FEW.get(name, 300), SEED, limit_seconds=120))
+    # A busy machine may take ten times as long; a reader that hangs on an input takes longer than that.
+    check(name, fuzz(name, FEW.get(name, 300), SEED, limit_seconds=240), 10 * SECONDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_ten_thousand_inputs(name: str) -> None:
-    check(name, fuzz(name, 10_000, SEED, limit_seconds=3000))
+    check(name, fuzz(name, 10_000, SEED, limit_seconds=3000), SECONDS)
