@@ -148,20 +148,23 @@ def measured(run: RunFolder, recipe: Recipe, seconds: float) -> dict[str, Any]:
 
 
 def scores(evaluation: dict[str, Any], context: int) -> dict[str, str]:
-    """Of documents of one, two and four rows: loss, loss of the last 1,024 tokens, log-probability of hidden numbers,
-    and the part of them that was answered right. Empty where a length was not measured.
+    """Of documents of one, two and four rows: loss, loss of the last 1,024 tokens, and of hidden numbers (passkey) and
+    of needles the log-probability and the part that was answered right. Empty where a length was not measured.
     """
     found: dict[str, str] = {}
     for times in (1, 2, 4):
         length = times * context
         read = [row for row in evaluation["perplexity"] if row["context_length"] == length]
-        asked = [row for row in evaluation["retrieval"] if row["length"] == length]
         found |= {
             f"loss_{times}x": _mean([row["loss"] for row in read]),
             f"tail_loss_{times}x": _mean([row["tail_loss"] for row in read]),
-            f"passkey_{times}x": _mean([row["log_probability"] for row in asked]),
-            f"correct_{times}x": _mean([float(row["correct"]) for row in asked]),
         }
+        for task, correct in (("passkey", "correct"), ("needle", "needle_correct")):
+            asked = [row for row in evaluation["retrieval"] if (row["task"], row["length"]) == (task, length)]
+            found |= {
+                f"{task}_{times}x": _mean([row["log_probability"] for row in asked]),
+                f"{correct}_{times}x": _mean([float(row["correct"]) for row in asked]),
+            }
     return found
 
 

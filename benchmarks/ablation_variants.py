@@ -131,6 +131,28 @@ _RETRIEVAL = (
     _with_yarn("S2, T/8, 4 sinks", "attention.group_size_ratio=0.125", matters=False),
 )
 
+# Needles are sentences of their own among distractors, each prompt over another part of the text; those asked for stand
+# beyond a group of T/4 from the question, of 2,048 tokens as of 4,096.
+_NEEDLES = ("eval.tasks=[perplexity,passkey,needle]", "eval.needle.depths=[0.05,0.3,0.55]", "eval.needle.num_trials=3")
+
+
+def _with_needles(variant: Variant, *, matters: bool = True) -> Variant:
+    return Variant(f"{variant.name}, needles", (*variant.overrides, *_NEEDLES), matters)
+
+
+_RETRIEVED = {variant.name.removesuffix(", yarn"): variant for variant in _RETRIEVAL}
+_NEEDLE = (
+    _with_needles(_RETRIEVED["RoPE only, untrained"], matters=False),
+    *(
+        _with_needles(_RETRIEVED[name])
+        for name in (
+            "full attention", "S2, T/4, no sinks (paper)", "S2, T/4, 4 sinks", "S2, T/4, 4 sinks, last 20% full",
+            "S2, T/2, 4 sinks", "S2, T/4, 4 sinks, every 4th layer full", "full attention, rate 1e-4",
+            "S2, T/4, 4 sinks, rate 1e-4",
+        )
+    ),
+)  # fmt: skip
+
 # The first two are rows of retrieval as well. Cut documents are packed, so that a row holds as many tokens of text.
 _DATA = (
     Variant("RoPE only, untrained", (*_YARN, *UNTRAINED.overrides), matters=False),
@@ -174,6 +196,7 @@ _RATES = tuple(
 EXPERIMENTS: dict[str, tuple[Variant, ...]] = {
     "attention": _ATTENTION,
     "retrieval": _RETRIEVAL,
+    "needle": _NEEDLE,
     "trained": _TRAINED,
     "rope": tuple(
         variant for factor in (2, 4) for kind in ("linear", "yarn", "theta") for variant in _rope(kind, factor)

@@ -290,13 +290,10 @@ def test_help_lists_every_verb(longlora: Callable[..., Result]) -> None:
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_saves_the_step_says_so_in_one_line_and_can_be_resumed(
-    recipe: Path, tmp_path: Path, sent: signal.Signals, code: int
+    longlora: Callable[..., Result], recipe: Path, tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     command = [sys.executable, "-m", "longlora"]
-    made = subprocess.run(
-        [*command, "prepare", "recipe.yaml"], cwd=tmp_path, capture_output=True, timeout=120, check=True
-    )
-    assert made.returncode == 0
+    assert longlora("prepare", "recipe.yaml").returncode == 0
     training = subprocess.Popen(
         [*command, "train", "recipe.yaml", "train.steps=10000", "train.save_steps=5000"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
