@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from attention_cases import qkv
+from forked_ranks import fork_server_of_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -148,8 +149,9 @@ def run_ranks(
     Raises:
         TimeoutError: they took longer than `seconds`, and were killed.
     """
+    fork_server_of_ranks()
     context = mp.start_processes(
-        _rank, (world, work, str(folder), seconds, arguments), nprocs=world, join=False, start_method="spawn"
+        _rank, (world, work, str(folder), seconds, arguments), nprocs=world, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + seconds
     try:

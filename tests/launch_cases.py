@@ -1,4 +1,5 @@
-"""Whole runs of several processes: `torchrun -m longlora` or `accelerate launch -m longlora` on a tiny prepared run.
+"""Whole runs of several processes on a tiny prepared run: `torchrun -m longlora`, `accelerate launch -m longlora`, or
+processes that are forked with the variables of torchrun, where the launcher is not what is tested.
 
 Every run has a timeout, and nothing of it is left when a function returns.
 """
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import run_forked
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import bear_texts
@@ -93,7 +96,8 @@ def launch(
 
     Args:
         recipe: a recipe, whose run folder is given to the verb, or a path of a YAML file.
-        launcher: ``torchrun``, ``accelerate``, or ``none`` for one process by itself.
+        launcher: ``torchrun``, ``accelerate``, ``none`` for one process by itself, or ``forked``, which takes neither
+            `options` nor `meanwhile`.
         options: of the launcher.
         environment: variables on top of this process's.
         trouble: ``WHAT:RANK:STEP`` for `launch_trouble.py`; what is ``killed``, ``signal``, ``error``, ``nan``,
@@ -105,10 +109,15 @@ def launch(
     """
     path = recipe.run_path if isinstance(recipe, Recipe) else recipe
     program = ["-m", "longlora"] if trouble is None else [str(Path(__file__).with_name("launch_trouble.py"))]
-    command = [*_launcher(launcher, processes, options), *program, verb, str(path), *overrides]
     name = uuid.uuid4().hex
     changes = (environment or {}) | ({} if trouble is None else {"TROUBLE": trouble}) | {"LAUNCHED": name}
     began = time.monotonic()
+    if launcher == "forked":
+        with tempfile.TemporaryDirectory() as printed:
+            arguments = [verb, str(path), *overrides]
+            ended = run_forked(arguments, processes, _environment(changes), Path(printed), seconds)
+        return Launched(*ended, time.monotonic() - began)
+    command = [*_launcher(launcher, processes, options), *program, verb, str(path), *overrides]
     process = subprocess.Popen(
         command,
         env=_environment(changes),

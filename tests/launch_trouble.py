@@ -49,7 +49,7 @@ def prepare(what: str, step: int) -> None:
     LongContextTrainer.training_step, LossModel.forward = noted, damaged  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def run() -> None:
     what, rank, step = os.environ["TROUBLE"].split(":")
     if rank in (os.environ["RANK"], "every"):
         if what == "no deepspeed":
@@ -63,3 +63,7 @@ if __name__ == "__main__":
         else:
             prepare(what, int(step))
     main()
+
+
+if __name__ == "__main__":
+    run()

@@ -24,7 +24,7 @@ CLUSTERS = Path(__file__).parent.parent / "examples" / "clusters"
 # Stand-ins: `srun` runs its command once, `scancel` signals it, and all write down what they were asked for.
 STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done\necho $$ > "$LOG/pid"\nexec "$@"',
-    "torchrun": 'trap "exit 143" TERM\nif [[ -n ${HANGS:-} ]]; then sleep 30 > /dev/null 2>&1 & wait; fi\nexit "${CODE:-0}"',
+    "torchrun": 'trap "exit 143" TERM\nif [[ -n ${HANGS:-} ]]; then sleep 30 >&- 2>&- & wait; fi\nexit "${CODE:-0}"',
     "scontrol": 'if [[ $1 == show ]]; then printf "first\\nsecond\\n"; fi',
     "scancel": 'kill -TERM "$(cat "$LOG/pid")"',
 }

@@ -262,9 +262,11 @@ def assert_compiles(
     torch.testing.assert_close(grads(ours, wanted), grads(plain, wanted))
 
 
-@pytest.mark.parametrize("sinks", [0, 2])
-@pytest.mark.parametrize(("H", "K"), [(4, 1), (9, 3)])
-@pytest.mark.parametrize("length", [32, 43, 48])
+# Whole groups, half a group left, a part of one; each with sinks and without, with an odd number of heads and an even.
+@pytest.mark.parametrize(
+    ("length", "H", "K", "sinks"),
+    [(32, 4, 1, 0), (32, 9, 3, 2), (43, 9, 3, 0), (43, 4, 1, 2), (48, 9, 3, 2), (48, 4, 1, 0)],
+)
 def test_torch_compile_breaks_no_graph_and_no_gradient(length: int, H: int, K: int, sinks: int) -> None:
     inputs = [x.detach().float().requires_grad_() for x in qkv(1, H, K, length, D=8)]
     assert_compiles("cpu kernel", inputs, [[0, length]], S2Pattern(16, sinks))

@@ -74,7 +74,7 @@ def test_adapter_of_one_process(one: Recipe, sharded: tuple[Recipe, Launched]) -
 
 def test_resuming_gives_the_same(folder: Path, sharded: tuple[Recipe, Launched]) -> None:
     recipe = copied(sharded[0], folder / "again", keep_step=2)
-    resumed = launch(recipe, "parallel.shard=fsdp2", verb="resume")
+    resumed = launch(recipe, "parallel.shard=fsdp2", verb="resume", launcher="forked")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(recipe) == losses(sharded[0])
     wanted = trained(sharded[0])
@@ -86,7 +86,7 @@ def test_a_whole_model_goes_on_from_one_process(folder: Path, tiny_model_folder:
     whole = prepared_run(folder, tiny_model_folder, "whole", adapter__method="full")
     train(whole, QUIET)
     recipe = copied(whole, folder / "whole2", keep_step=2)
-    resumed = launch(recipe, "parallel.shard=fsdp2", verb="resume")
+    resumed = launch(recipe, "parallel.shard=fsdp2", verb="resume", launcher="forked")
     assert resumed.returncode == 0, resumed.stderr
     assert "on 2 instead of 1 processes with rows of their own: 1 instead of 2 micro batches" in resumed.stdout
     assert resumed.stdout.count("the whole model was written and verified") == 1
@@ -101,7 +101,7 @@ def test_frozen_weights_of_16_bits_beside_trained_ones_of_32(folder: Path) -> No
     one = prepared_run(folder, model, "bf16", train__grad_accum_steps=4, **changes)
     train(one, QUIET)
     recipe = prepared_run(folder, model, "bf16 sharded", **{**TWO, "train__grad_accum_steps": 2}, **changes)
-    launched = launch(recipe)
+    launched = launch(recipe, launcher="forked")
     assert launched.returncode == 0, launched.stderr
     assert losses(recipe) == pytest.approx(losses(one), rel=2e-3)
     assert_close(trained(recipe), trained(one), 0.05)

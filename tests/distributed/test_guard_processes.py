@@ -32,7 +32,7 @@ def test_a_bad_loss_on_one_process_leaves_the_step_out_on_all(
         pytest.importorskip("deepspeed")
     changes = {"train__steps": 3, "train__save_steps": 1, "train__save_total_limit": 9, "train__warmup_steps": 3}
     two = prepared_run(tmp_path, tiny_model_folder, "two", parallel__shard=shard, **changes)
-    launched = launch(two, trouble="nan:1:1")
+    launched = launch(two, trouble="nan:1:1", launcher="forked")
     assert launched.returncode == 0, launched.stderr
     one = prepared_run(tmp_path, tiny_model_folder, "one", train__grad_accum_steps=4, **changes)
     bad = rows_of_step(one, 1)[1::2]
@@ -48,7 +48,7 @@ def test_a_bad_loss_on_one_process_leaves_the_step_out_on_all(
     assert_close(trained(two), trained(one), 1e-4)
 
     again = copied(two, tmp_path / "again", keep_step=1)
-    resumed = launch(again, verb="resume")
+    resumed = launch(again, verb="resume", launcher="forked")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(again) == losses(two)
     assert_equal(trained(again), trained(two))
@@ -61,7 +61,7 @@ def test_an_infinite_gradient_of_a_good_loss_is_seen_under_zero(
     """DeepSpeed clips by itself, and says the norm afterwards."""
     pytest.importorskip("deepspeed")
     recipe = prepared_run(tmp_path, tiny_model_folder, parallel__shard=shard, train__steps=2, train__save_steps=1)
-    launched = launch(recipe, trouble="gradient:1:1")
+    launched = launch(recipe, trouble="gradient:1:1", launcher="forked")
     assert launched.returncode == 0, launched.stderr
     (line,) = [line for line in launched.stdout.splitlines() if line.startswith("WARNING: step")]
     assert re.match(r"WARNING: step 1 is left out: gradient norm is (inf|nan), from ", line)
@@ -71,7 +71,7 @@ def test_an_infinite_gradient_of_a_good_loss_is_seen_under_zero(
 
 def test_ranks_that_share_a_row_leave_it_out_together(tmp_path: Path, tiny_model_folder: Path) -> None:
     recipe = prepared_run(tmp_path, tiny_model_folder, parallel__sequence=2)
-    launched = launch(recipe, trouble="nan:1:2")
+    launched = launch(recipe, trouble="nan:1:2", launcher="forked")
     assert launched.returncode == 0, launched.stderr
     (line,) = [line for line in launched.stdout.splitlines() if line.startswith("WARNING: step")]
     named = documents_of(recipe, rows_of_step(recipe, 2))

@@ -92,7 +92,7 @@ def tiny_run(folder: Path, name: str) -> Recipe:
 
 def check(folder: Path, name: str) -> None:
     recipe = tiny_run(folder, name)
-    found = launch(recipe, processes=PROCESSES)
+    found = launch(recipe, processes=PROCESSES, launcher="forked")
     assert found.returncode == 0, found.stderr
     if recipe.parallel.shard != "none":
         assert f"{PROCESSES} processes that share the model ({recipe.parallel.shard})" in found.stdout

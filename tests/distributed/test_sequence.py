@@ -55,12 +55,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> 
 def test_a_run_on_two_sequence_ranks_is_that_of_one_process(
     alone: Recipe, tmp_path: Path, tiny_model_folder: Path, shard: str
 ) -> None:
-    """`torchrun -m longlora train` with a cut sequence, and with weights that are divided as well."""
+    """`longlora train` with a cut sequence, and with weights that are divided as well."""
     if shard.startswith("zero"):
         pytest.importorskip("deepspeed")
     changes = {"parallel__sequence": 2, "parallel__shard": shard, "memory": "check"}
     shared = prepared_run(tmp_path, tiny_model_folder, "shared", **SETTINGS | changes)
-    done = launch(shared, processes=2, seconds=400)
+    done = launch(shared, processes=2, seconds=400, launcher="torchrun" if shard == "none" else "forked")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training ") == 1, "one process speaks"
     found, wanted = (metrics(recipe) for recipe in (shared, alone))
@@ -86,7 +86,7 @@ def test_what_cannot_be_cut_is_refused_before_the_first_step(
 ) -> None:
     """On every process, with one message."""
     recipe = prepared_run(tmp_path, tiny_model_folder, **{"parallel__sequence": 2, **change})
-    done = launch(recipe, processes=2, seconds=300)
+    done = launch(recipe, processes=2, seconds=300, launcher="forked")
     assert done.returncode != 0
     (line,) = done.ours
     assert part in line
@@ -100,7 +100,7 @@ def test_full_attention_without_a_library_for_it_is_refused_before_the_first_ste
 ) -> None:
     """On every process, with one message."""
     recipe = prepared_run(tmp_path, tiny_model_folder, parallel__sequence=2, **change)
-    done = launch(recipe, processes=2, trouble="no deepspeed:every:0", seconds=300)
+    done = launch(recipe, processes=2, trouble="no deepspeed:every:0", seconds=300, launcher="forked")
     assert done.returncode != 0
     (line,) = done.ours
     assert line.startswith("longlora: full attention on 2 sequence ranks takes DeepSpeed, and there is no deepspeed")

@@ -39,7 +39,7 @@ def one(folder: Path, tiny_model_folder: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def zero2(folder: Path, tiny_model_folder: Path) -> Recipe:
     recipe = prepared_run(folder, tiny_model_folder, "zero2", parallel__shard="zero2")
-    launched = launch(recipe)
+    launched = launch(recipe, launcher="forked")
     assert launched.returncode == 0, launched.stderr
     assert "2 processes that share the model (zero2)" in launched.stdout
     assert "Gradient accumulation steps mismatch" not in launched.stderr
@@ -76,7 +76,7 @@ def test_zero2_is_one_process(one: Recipe, zero2: Recipe) -> None:
 @several
 def test_zero2_resumes_the_same(folder: Path, zero2: Recipe) -> None:
     recipe = copied(zero2, folder / "again", keep_step=2)
-    resumed = launch(recipe, verb="resume")
+    resumed = launch(recipe, verb="resume", launcher="forked")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(recipe) == losses(zero2)
     wanted = trained(zero2)
@@ -87,7 +87,7 @@ def test_zero2_resumes_the_same(folder: Path, zero2: Recipe) -> None:
 def test_zero3_goes_on_from_zero2_and_one_process_from_zero3(folder: Path, one: Recipe, zero2: Recipe) -> None:
     """A checkpoint does not tell how it was written."""
     recipe = copied(zero2, folder / "three", keep_step=2)
-    resumed = launch(recipe, "parallel.shard=zero3", verb="resume")
+    resumed = launch(recipe, "parallel.shard=zero3", verb="resume", launcher="forked")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(recipe, one)
     longer = copied(recipe, folder / "alone", keep_step=4)
@@ -108,14 +108,14 @@ def test_zero3_from_the_start_with_memory_levers(folder: Path) -> None:
     one = prepared_run(folder, model, "levers", train__grad_accum_steps=4, **changes)
     train(one, QUIET)
     recipe = prepared_run(folder, model, "levers zero3", parallel__shard="zero3", **changes)
-    launched = launch(recipe)
+    launched = launch(recipe, launcher="forked")
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout.count("validation loss") == 3
     assert losses(recipe) == pytest.approx(losses(one), rel=1e-5)
     # Adam makes a step of a gradient that is next to nothing: one weight in LoRA's B is 1e-4 of the largest away.
     assert_close(trained(recipe), trained(one), 1e-3)
     again = copied(recipe, folder / "levers again", keep_step=2)
-    assert launch(again, verb="resume").returncode == 0
+    assert launch(again, verb="resume", launcher="forked").returncode == 0
     assert losses(again) == losses(recipe)
 
 
@@ -143,7 +143,7 @@ def test_zero3_divides_weights_of_4_bits(folder: Path) -> None:
     one = prepared_run(folder, model, "nf4", **changes)
     train(one, QUIET)
     recipe = prepared_run(folder, model, "nf4 zero3", train__grad_accum_steps=1, parallel__shard="zero3", **changes)
-    launched = launch(recipe)
+    launched = launch(recipe, launcher="forked")
     assert launched.returncode == 0, launched.stderr
     assert losses(recipe) == pytest.approx(losses(one), rel=2e-3)
     assert_close(trained(recipe), trained(one), 0.05)

@@ -175,7 +175,10 @@ def test_command_line_measures_this_machine(on_disk: str, longlora: Any) -> None
         (["--gpus", "2"], "--gpus 2 needs --gpu"),
         (["--gpu", "l4", "--gpus", "0"], "must be at least 1"),
         (["--gpu", "l4", "--memory", "0"], "must be more than 0 GB"),
-        (["--gpu", "l4", "--memory", "0.65", "context.context_length=65536"], "needs"),
+        # Looks for the settings that would fit; that this is said is in test_a_context_that_does_not_fit as well.
+        pytest.param(
+            ["--gpu", "l4", "--memory", "0.65", "context.context_length=65536"], "needs", marks=pytest.mark.slow
+        ),
         (["--gpu", "l4", "context.context_length=32"], "is not longer than"),
         (["--gpu", "l4", "--gpus", "8", "parallel.sequence=3"], "parallel.sequence=3 does not divide the 8 devices"),
         (["--gpu", "l4", "--gpus", "8", "parallel.sequence=8"], "shorter than group_size=256"),
