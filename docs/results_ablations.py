@@ -15,12 +15,12 @@ _SEEDS = range(10)
 _TITLES = {
     "attention": "Attention in training",
     "retrieval": "Attention in training and retrieval, with yarn",
+    "needle": "Retrieval of needles, with yarn",
     "trained": "What is trained",
     "rope": "RoPE",
     "rate": "Learning rate",
     "data": "Data mix, with yarn",
 }
-_HEAD = ["", "seeds", "loss 1x", "loss 2x", "loss 4x", "passkey 1x", "passkey 2x", "passkey 4x"]
 
 
 class Ablations:
@@ -34,15 +34,17 @@ class Ablations:
         found = {seed: self._by_settings.get(variant.identity(self._size, seed)) for seed in _SEEDS}
         return {seed: row for seed, row in found.items() if row is not None}
 
-    def line(self, variant: Variant) -> list[str]:
-        """What a table says of a variant; [] if there is no row."""
+    def line(self, variant: Variant) -> dict[str, str]:
+        """What every table says of a variant: title -> cell; empty if there is no row."""
         rows = self.of(variant)
-        measures = (f"{name}_{times}x" for name in ("loss", "passkey") for times in (1, 2, 4))
-        return (
-            [variant.name, str(len(rows)), *(_spread(row[m] for row in rows.values()) for m in measures)]
-            if rows
-            else []
-        )
+        if not rows:
+            return {}
+        measured = {
+            f"{name} {times}x": _spread(row[f"{name}_{times}x"] for row in rows.values())
+            for name in ("loss", "passkey", "needle")
+            for times in (1, 2, 4)
+        }
+        return {"": variant.name, "seeds": str(len(rows))} | measured
 
     def kept(self, variant: Variant, measure: str, untrained: Variant, full: Variant) -> str:
         """The part of the gain of `full` over `untrained`, which has one seed; paired by seed, in per cent."""
@@ -55,11 +57,10 @@ class Ablations:
         return _spread((str(100 * part) for part in parts), digits=0)
 
     def beside(self, variant: Variant, other: Variant, measure: str) -> str:
-        """The difference to `other`, paired by seed."""
+        """The difference to `other`, paired by seed; of what both have."""
         rows, others = self.of(variant), self.of(other)
-        return _spread(
-            str(float(rows[seed][measure]) - float(others[seed][measure])) for seed in rows if seed in others
-        )
+        pairs = [(row[measure], others[seed][measure]) for seed, row in rows.items() if seed in others]
+        return _spread(str(float(one) - float(two)) for one, two in pairs if one and two)
 
 
 def _spread(values: Iterable[str], digits: int = 3) -> str:
@@ -71,24 +72,29 @@ def _spread(values: Iterable[str], digits: int = 3) -> str:
     return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
 
 
-def _full_with_yarn(variant: Variant) -> Variant:
-    """Full attention at the rate of `variant`, with yarn."""
-    name = "full attention, rate 1e-4, yarn" if "rate 1e-4" in variant.name else "full attention, yarn"
-    return next(other for other in EXPERIMENTS["retrieval"] if other.name == name)
+def _full_attention(name: str, variant: Variant) -> Variant:
+    """Full attention in the same table, at the rate of `variant`."""
+    begin = f"{FULL_ATTENTION.name}, rate 1e-4" if ", rate 1e-4" in variant.name else FULL_ATTENTION.name
+    return next(other for other in EXPERIMENTS[name] if other.name.startswith(begin))
 
 
 def _more(found: Ablations, name: str, variant: Variant, of_full: dict[str, str]) -> dict[str, str]:
     """Columns that only the tables on attention have: title -> cell."""
-    if name == "attention":
-        full = FULL_ATTENTION
-        more = {"time of a step, full attention's = 1": of_full.get(variant.name, "")} if of_full else {}
-    elif name == "retrieval":
-        full = _full_with_yarn(variant)
-        more = {"passkey 2x less full attention's": found.beside(variant, full, "passkey_2x")}
-    else:
+    if name not in ("attention", "retrieval", "needle"):
         return {}
+    full = _full_attention(name, variant)
     kept = [found.kept(variant, loss, EXPERIMENTS[name][0], full) for loss in ("loss_1x", "loss_2x")]
-    return {"% of full attention's gain kept, 1x": kept[0], "2x": kept[1]} | more
+    columns = {"% of full attention's gain kept, 1x": kept[0], "2x": kept[1]}
+    if name == "attention":
+        return columns | {"time of a step, full attention's = 1": of_full.get(variant.name, "")}
+    beside = {measure: found.beside(variant, full, f"{measure}_2x") for measure in ("passkey", "needle")}
+    return columns | {f"{measure} 2x less full attention's": cell for measure, cell in beside.items()}
+
+
+def _filled(rows: list[dict[str, str]]) -> str:
+    """A table of the columns in which some row has something."""
+    head = [title for title in rows[0] if not title or any(row[title] for row in rows)]
+    return table(head, ([row[title] for title in head] for row in rows))
 
 
 def ablations() -> list[str]:
@@ -102,26 +108,24 @@ def ablations() -> list[str]:
     rows = [row for row in measured if int(row["context"]) == context]
     size = Size(context, max(int(row["steps"]) for row in rows))
     found = Ablations(rows, size)
-    command = f"attention retrieval trained rope rate data --context {size.context} --steps {size.steps}"
+    command = f"attention retrieval needle trained rope rate data --context {size.context} --steps {size.steps}"
     parts = [
         "## What helps",
         f"`python benchmarks/ablate.py {command}`: SmolLM2-135M-Instruct, RoPE interpolated by 2 where "
         f"nothing else is said, {size.steps} steps "
         f"of one row of {size.context:,} tokens (State of the Union messages), constant rate. Loss (nats a token) and "
         "passkey (log-probability of four numbers hidden in each document, nats) with full attention, on two held-out "
-        "documents, in their first 1, 2 and 4 rows; mean ± standard deviation where there are several seeds. "
+        "documents, in their first 1, 2 and 4 rows; needle: the same of a sentence among two others like it, nine "
+        "prompts a length over parts of the texts; mean ± standard deviation where there are several seeds. "
         f"In float32 on CPUs without products in bfloat16 (AVX2), else in bfloat16. {origin(rows)}.",
     ]
     steps = newest("patterns", "pattern", "context")
     of_full = {row["pattern"]: row["of_full_attention"] for row in steps if int(row["context"]) == context}
     for name, variants in EXPERIMENTS.items():
-        lines = [(variant, line) for variant in variants if (line := found.line(variant))]
+        lines = [line | _more(found, name, v, of_full) for v in variants if (line := found.line(v))]
         if not lines:
             continue
-        more = [_more(found, name, variant, of_full) for variant, _ in lines]
-        head = [*_HEAD, *more[0]]
-        cells = [[*line, *columns.values()] for (_, line), columns in zip(lines, more, strict=True)]
-        parts += [f"### {_TITLES[name]}", table(head, cells)]
+        parts += [f"### {_TITLES[name]}", _filled(lines)]
         if name == "attention" and of_full:
             parts += [
                 f"Time: `python benchmarks/bench_patterns.py --contexts {context} --repeats "

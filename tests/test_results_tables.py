@@ -9,7 +9,7 @@ from ablation_variants import EXPERIMENTS, FULL_ATTENTION, UNTRAINED, Size, Vari
 
 SIZE = Size(2048, 12)
 PAPER = next(variant for variant in EXPERIMENTS["attention"] if "paper" in variant.name)
-MEASURES = [f"{name}_{times}x" for name in ("loss", "tail_loss", "passkey", "correct") for times in (1, 2, 4)]
+MEASURES = [f"{name}_{times}x" for name in ("loss", "tail_loss", "passkey", "correct", "needle") for times in (1, 2, 4)]
 
 
 def row(variant: Variant, seed: int, size: Size = SIZE, **measured: str) -> dict[str, str]:
@@ -41,6 +41,9 @@ def test_the_part_that_is_kept_is_of_the_full_attention_of_the_same_seed(monkeyp
     assert cells[-3:] == ["75 ± 35", "50 ± 71", "0.912"]
     (untrained,) = [line for line in text.splitlines() if line.startswith(f"| {UNTRAINED.name} |")][:1]
     assert untrained.endswith("| 0 | 0 |  |")
+    assert "needle" not in "".join(line for line in text.splitlines() if line.startswith("|")), (
+        "columns without a value"
+    )
     assert "### What is trained" in text, "the untrained model is a row of it"
     assert "### Learning rate" not in text, "no row, no table"
 
@@ -59,6 +62,21 @@ def test_retrieval_is_beside_full_attention_of_the_same_seed_and_rate(monkeypatc
     assert last[sinks.name] == "-1.500 ± 0.707"
     assert last[slow_sinks.name] == "-0.500"
     assert last[full.name] == "0.000 ± 0.000"
+
+
+def test_needles_are_beside_full_attention_as_passkeys_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained, full, paper = EXPERIMENTS["needle"][:3]
+    rows = [row(untrained, 0, loss_1x="5", loss_2x="5", needle_2x="-9")]
+    rows += [row(full, seed, loss_1x="3", loss_2x="3", passkey_2x="-1", needle_2x="-2") for seed in (0, 1)]
+    rows += [row(paper, seed, loss_1x="4", loss_2x="4", passkey_2x="-2", needle_2x="-5") for seed in (0, 1)]
+    monkeypatch.setattr(results_ablations, "every", lambda name: rows)
+    monkeypatch.setattr(results_ablations, "newest", lambda *names: [])
+    lines = "\n".join(results_ablations.ablations()).splitlines()
+    (cells,) = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {paper.name}")]
+    assert cells[-4:] == ["50 ± 0", "50 ± 0", "-1.000 ± 0.000", "-3.000 ± 0.000"]
+    (before,) = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {untrained.name}")]
+    assert before[-1] == "-7.000", "where the untrained model lacks a measure, only that cell is empty"
+    assert before[-2].strip() == ""
 
 
 def test_without_rows_there_is_no_section(monkeypatch: pytest.MonkeyPatch) -> None:
