@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,45 @@ def _trained(begun: Start) -> Path:
     return write_result(model, sidecar, run, begun.recipe.train.steps, begun.console, weights)
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What is trained, and on what."""
+
+    model: TrainedModel
+    loss_model: LossModel
+    dataset: PackedDataset
+    collator: StretchCollator
+    weigh: bool
+    """Whether all examples weigh the same, however long they are."""
+    sidecar: Sidecar
+    source: Mapping[str, str]
+
+
 def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sidecar]:
     """Load the model, train it, from the checkpoint on if there is one, and return it with what goes beside it."""
-    recipe, console, ranks, checkpoint = begun.recipe, begun.console, begun.ranks, begun.checkpoint
-    run = RunFolder(recipe.run_path)
+    recipe, ranks, checkpoint = begun.recipe, begun.ranks, begun.checkpoint
     set_seed(recipe.train.seed)  # here, because planning draws random numbers too
+    loaded = _load(begun)
+    if checkpoint is not None and _takes_up(checkpoint, loaded.source, loaded.model, begun):
+        return loaded.model, loaded.sidecar
+    stop = StopOnSignal(begun.console, ranks)
+    trainer = _trainer(loaded, begun, metrics, stop)
+    if ranks.is_main:
+        write_atomic(RunFolder(recipe.run_path).recipe, dump_recipe(recipe))
+    if ranks.world > 1:
+        torch.manual_seed(recipe.train.seed + ranks.rank)  # or all would drop the same places of their tokens
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        metrics.close()
+    return loaded.model, loaded.sidecar
+
+
+def _load(begun: Start) -> _Loaded:
+    """Open the shards, load the model and make it trainable; all processes have the same of each."""
+    recipe, ranks = begun.recipe, begun.ranks
+    run = RunFolder(recipe.run_path)
     tokenizer = load_tokenizer(recipe.model)
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256, vocabulary=begun.config.get_text_config().vocab_size)
@@ -108,6 +143,9 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     dataset = _rows(shard, begun, weigh=weigh)
     base, fingerprint = _base(begun)
     least = check_sequence(base, recipe, ranks)
+    collator = StretchCollator(
+        tokenizer.pad_token_id or 0, ranks.sequence_rank, ranks.sequence_world, least, weighted=weigh
+    )
     sidecar = Sidecar.of(recipe, begun.change, begun.config, tokenizer_sha256, fingerprint, shard.chat_template)
     model = _trainable(base, recipe, shard)
     _announce(model, dataset, begun)
@@ -115,57 +153,48 @@ def _train(begun: Start, metrics: MetricsCallback) -> tuple[TrainedModel, Sideca
     loss_model = LossModel(model, recipe.train.loss_chunk_tokens, dtype, sequence_group(ranks))
     if ranks.world > 1:
         require_same(ranks, _facts(run, model, fingerprint, tokenizer_sha256))
-    source = _source(run, fingerprint)
-    if checkpoint is not None and _takes_up(checkpoint, source, model, begun):
-        return model, sidecar
-    experts = any("expert" in name for name in trainable_names(model))
+    return _Loaded(model, loss_model, dataset, collator, weigh, sidecar, _source(run, fingerprint))
+
+
+def _trainer(loaded: _Loaded, begun: Start, metrics: MetricsCallback, stop: StopOnSignal) -> LongContextTrainer:
+    """The loop over `loaded`, whose weights are divided among the processes first where the recipe says so."""
+    recipe, console, ranks = begun.recipe, begun.console, begun.ranks
+    experts = any("expert" in name for name in trainable_names(loaded.model))
     if begun.shard == "fsdp2":
-        shard_model(loss_model, ranks, begun.device)
-    changes = _use_deepspeed(loss_model, begun) if begun.shard in STAGES else {}
-    collator = StretchCollator(
-        tokenizer.pad_token_id or 0, ranks.sequence_rank, ranks.sequence_world, least, weighted=weigh
-    )
+        shard_model(loaded.loss_model, ranks, begun.device)
+    changes = _use_deepspeed(loaded.loss_model, begun) if begun.shard in STAGES else {}
     validate = validation(
         recipe,
-        loss_model,
-        tokenizer_sha256,
-        weigh_documents=weigh,
+        loaded.loss_model,
+        loaded.sidecar.tokenizer_sha256,
+        weigh_documents=loaded.weigh,
         console=console,
         vocabulary=begun.config.get_text_config().vocab_size,
-        batches=RowBatches(ranks, collator),
+        batches=RowBatches(ranks, loaded.collator),
     )
-    guard = StepGuard(dataset, ranks, console, recipe)
-    stop = StopOnSignal(console, ranks)
+    guard = StepGuard(loaded.dataset, ranks, console, recipe)
+    schedule = AttentionSchedule(loaded.model, recipe, console)
     trainer = (ZeroTrainer if changes else LongContextTrainer)(
-        model=loss_model,
+        model=loaded.loss_model,
         args=training_arguments(
             recipe,
-            run.checkpoints,
+            RunFolder(recipe.run_path).checkpoints,
             begun.device,
             grad_accum_steps=begun.grad_accum_steps,
             has_experts=experts,
             changes=changes,
         ),
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[metrics, guard, AttentionSchedule(model, recipe, console), *([validate] if validate else []), stop],
+        train_dataset=loaded.dataset,
+        data_collator=loaded.collator,
+        callbacks=[metrics, guard, schedule, *([validate] if validate else []), stop],
     )
     # The library prints the logs once more where there is no progress bar of its own.
     trainer.remove_callback(PrinterCallback)
-    trainer.checkpoints_kept, trainer.ranks, trainer.source = recipe.train.save_total_limit, ranks, source
+    trainer.checkpoints_kept, trainer.ranks, trainer.source = recipe.train.save_total_limit, ranks, loaded.source
     trainer.guard, trainer.weights = guard, weights_file(recipe.adapter)
     if begun.shard == "fsdp2":
         trainer.take_sharded_model()
-    if ranks.is_main:
-        write_atomic(run.recipe, dump_recipe(recipe))
-    if ranks.world > 1:
-        torch.manual_seed(recipe.train.seed + ranks.rank)  # or all would drop the same places of their tokens
-    try:
-        with stop:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        metrics.close()
-    return model, sidecar
+    return trainer
 
 
 def _takes_up(checkpoint: Path, source: Mapping[str, str], model: TrainedModel, begun: Start) -> bool:
