@@ -1,8 +1,7 @@
 """Draw the figures of docs/method.md into docs/figures/: ``python docs/make_figures.py`` (or ``make figures``).
 
-Nothing is drawn by hand. Every cell of an attention matrix is asked of `may_attend`, the definition of the pattern, or,
-for the paper's Algorithm 1, follows from the roll that defines it. A matrix is a list of strings, one a query, one
-letter a key; the SVG carries the sha256 of its data, by which tests/test_docs.py sees that a figure is out of date.
+Nothing is drawn by hand: the cells of attention matrices come from `figure_cells.py`. The SVG carries the sha256 of its
+data, by which tests/test_docs.py sees that a figure is out of date.
 """
 
 from __future__ import annotations
@@ -19,18 +18,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from figure_cells import GROUP, LEAK, SHORT, SINK, UNSEEN, packed_cells, pattern_cells, rolled_cells
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 
-from longlora.attention.pattern import S2Pattern, may_attend
 from longlora.planning.flops import paper_attention_tflops, paper_linear_tflops
 
 FIGURES = Path(__file__).parent / "figures"
 
-FUTURE, UNSEEN, GROUP, SINK, SHORT, LEAK = " ", ".", "g", "s", "d", "x"
 # Okabe and Ito's colours, told apart with any colour vision; what is not seen is grey, the future stays white.
 _COLOURS = {UNSEEN: "#e4e4e4", GROUP: "#0072b2", SINK: "#e69f00", SHORT: "#009e73", LEAK: "#d55e00"}
 _LABELS = {
@@ -60,46 +58,6 @@ FIXED_GROUP = 2048
 PAPER_RATIO = 4
 # Forward pass at batch 1 in 10^12 operations: tokens, full attention, S2-Attn with four groups (paper, table 11).
 PAPER_TABLE_11 = ((8192, 35.2, 8.8), (16384, 140.7, 35.2), (32768, 562.9, 140.7), (65536, 2251.8, 562.9))
-
-
-def pattern_cells(length: int, group_size: int, sink_tokens: int, *, shifted: bool) -> list[str]:
-    """One document under the pattern of longlora."""
-    pattern = S2Pattern(group_size, sink_tokens)
-    short = length <= group_size
-
-    def cell(query: int, key: int) -> str:
-        if not may_attend(query, key, length, pattern, shifted=shifted):
-            return FUTURE if key > query else UNSEEN
-        if short:
-            return SHORT
-        without_sinks = may_attend(query, key, length, S2Pattern(group_size), shifted=shifted)
-        return GROUP if without_sinks else SINK
-
-    return ["".join(cell(query, key) for key in range(length)) for query in range(length)]
-
-
-def rolled_cells(length: int, group_size: int) -> list[str]:
-    """A shifted head of the paper's Algorithm 1: roll by half a group, attend causally in each group, roll back."""
-    order = np.roll(np.arange(length), -(group_size // 2))
-    seen = {(group[i], group[j]) for group in order.reshape(-1, group_size).tolist() for i in range(group_size)
-            for j in range(i + 1)}  # fmt: skip
-
-    def cell(query: int, key: int) -> str:
-        if (query, key) in seen:
-            return LEAK if key > query else GROUP
-        return FUTURE if key > query else UNSEEN
-
-    return ["".join(cell(query, key) for key in range(length)) for query in range(length)]
-
-
-def packed_cells(lengths: Sequence[int], group_size: int, sink_tokens: int, *, shifted: bool) -> list[str]:
-    """Documents one behind the other; a token of another document is not seen."""
-    total, rows, start = sum(lengths), [], 0
-    for length in lengths:
-        for row in pattern_cells(length, group_size, sink_tokens, shifted=shifted):
-            rows.append(UNSEEN * start + row + FUTURE * (total - start - length))
-        start += length
-    return rows
 
 
 def attention_operations(tokens: int, group_size: int) -> float:

@@ -7,7 +7,6 @@ benchmarks/results/halo.csv, and the paper's hours.
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import re
 import sys
@@ -19,19 +18,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from model_configs import model_config
+from scale_traffic import K, M, measured_block, traffic_block, written
 
-from longlora.attention.pattern import S2Pattern
 from longlora.config import Recipe, build_recipe, load_recipe
-from longlora.errors import ModelError
 from longlora.memory import chunked_loss
 from longlora.planning.machines import Machine, gpu, with_memory
 from longlora.planning.plan import Plan, plan_run
-from longlora.planning.traffic import LayerTraffic, halo_traffic, ring_traffic, ulysses_traffic
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scale.md"
 RECIPES = ROOT / "src" / "longlora" / "recipes"
-MEASURED = ROOT / "benchmarks" / "results" / "halo.csv"
 _KINDS = {"a100": "a100-80g", "h100": "h100-80g", "h200": "h200"}
 # Table 12 of the paper, LongLoRA on 8 A100.
 PAPER_HOURS = {"llama-2-7b_8k_8xa100": "5.2", "llama-2-7b_16k_8xa100": "11.3", "llama-2-7b_32k_8xa100": "24.6"}
@@ -143,7 +139,6 @@ class Point:
     nf4: bool = False
 
 
-K, M = 2**10, 2**20
 POINTS = (
     Point(1, 128 * K, 1, "none", offload=True),
     Point(1, M, 1, "none", offload=True, nf4=True),
@@ -215,64 +210,6 @@ def scale_block(points: Iterable[Point]) -> str:
             *map(point_row, points),
         ]
     )
-
-
-# A layer of Llama-3.1-8B or Qwen3-8B: query heads, key/value heads, head dim.
-_LAYER = ((32, 8), 128)
-_TRAFFIC = ((128 * K, 8), (M, 8), (M, 64), (10 * M, 64), (10 * M, 128))
-
-
-def traffic_block() -> str:
-    """Planned bytes of a layer of an 8B model."""
-    heads, width = _LAYER
-    lines = [
-        "| context | GPUs that share a row | halo | ring attention | Ulysses |",
-        "|---|---|---|---|---|",
-    ]
-    for tokens, ranks in _TRAFFIC:
-        sizes = [
-            megabytes(halo_traffic(tokens, ranks, heads, width, S2Pattern(8192, 4), 2)),
-            megabytes(ring_traffic(tokens, ranks, heads, width, 2)),
-        ]
-        try:
-            sizes.append(megabytes(ulysses_traffic(tokens, ranks, heads, width, 2)))
-        except ModelError:
-            sizes.append(f"needs {ranks} heads")
-        lines.append(f"| {written(tokens)} | {ranks} | {' | '.join(sizes)} |")
-    return "\n".join(lines)
-
-
-def megabytes(traffic: LayerTraffic) -> str:
-    """Forward and backward together, in 10^6 bytes."""
-    return f"{(traffic.forward + traffic.backward) / 1e6:,.1f}"
-
-
-def measured_block() -> str:
-    """Counted bytes of a tiny layer, from benchmarks/results/halo.csv."""
-    with MEASURED.open(encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
-    last = rows[-1]
-    same = [row for row in rows if row["commit"] == last["commit"] and row["ranks"] == last["ranks"]]
-    ways = list(dict.fromkeys(row["way"] for row in same))
-    contexts = sorted({int(row["tokens"]) for row in same})
-    lines = [
-        f"{last['ranks']} processes, groups of {int(last['group_size']):,}, {last['sink_tokens']} sink tokens, "
-        f"{last['query_heads']} query and {last['kv_heads']} key/value heads of {last['head_dim']}, {last['dtype']}; "
-        f"{last['date']}, commit {last['commit']}.",
-        "",
-        f"| kB of a layer | {' | '.join(map(written, contexts))} |",
-        f"|---|{'---|' * len(contexts)}",
-    ]
-    for way in ways:
-        found = {int(row["tokens"]): row for row in same if row["way"] == way}
-        sizes = [int(row["forward_most_bytes"]) + int(row["backward_most_bytes"]) for _, row in sorted(found.items())]
-        lines.append(f"| {way} | {' | '.join(f'{size / 1e3:,.0f}' for size in sizes)} |")
-    return "\n".join(lines)
-
-
-def written(tokens: int) -> str:
-    """128k, 1M, 10M."""
-    return f"{tokens // M}M" if tokens % M == 0 else f"{tokens // K}k"
 
 
 def stored(name: str, page: str | None = None) -> str:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import figure_cells
 import matplotlib
 import pytest
 import torch
@@ -120,7 +121,7 @@ def seen(output_1THD: torch.Tensor) -> list[list[bool]]:
 
 
 def marked(rows: list[str]) -> list[list[bool]]:
-    unseen = (make_figures.FUTURE, make_figures.UNSEEN)
+    unseen = (figure_cells.FUTURE, figure_cells.UNSEEN)
     return [[letter not in unseen for letter in row] for row in rows]
 
 
@@ -131,12 +132,12 @@ def equal_scores(T: int, heads: int = 2) -> list[torch.Tensor]:
 
 def test_drawn_matrices_are_those_of_the_attention_functions() -> None:
     q, k, v = equal_scores(16)
-    assert marked(make_figures.rolled_cells(16, 4)) == seen(rolled_attention(q, k, v, group_size=4))
+    assert marked(figure_cells.rolled_cells(16, 4)) == seen(rolled_attention(q, k, v, group_size=4))
     for sinks in (0, 1):
         output = grouped_attention(q, k, v, [[0, 16]], S2Pattern(4, sinks))
-        assert marked(make_figures.pattern_cells(16, 4, sinks, shifted=True)) == seen(output)
+        assert marked(figure_cells.pattern_cells(16, 4, sinks, shifted=True)) == seen(output)
     output = grouped_attention(*equal_scores(22), [[0, 10, 13, 22]], S2Pattern(4, 1))
-    assert marked(make_figures.packed_cells((10, 3, 9), 4, 1, shifted=True)) == seen(output)
+    assert marked(figure_cells.packed_cells((10, 3, 9), 4, 1, shifted=True)) == seen(output)
 
 
 def test_leak_lies_above_the_diagonal_and_is_the_only_difference() -> None:
