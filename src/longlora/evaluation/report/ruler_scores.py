@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from longlora.evaluation.report.compare import Column
 from longlora.evaluation.report.shared import lengths_of, shared_retrieval
 from longlora.evaluation.report.statistics import wilson_interval
-from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table, interval_text
-from longlora.evaluation.retrieval.ruler import effective_length
+from longlora.evaluation.report.tables import NOT_MEASURED, Cell, Row, Table, count_text, interval_text
+from longlora.evaluation.retrieval.ruler import effective_length, weighted_average
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,21 @@ def effective_cell(column: Column, by_length: ByLength) -> Cell:
     if longest is None:
         return Cell(f"below {min(averages)}", value=0.0, n=len(averages))
     return Cell(str(longest), value=float(longest), n=len(averages), mark=column.mark(longest))
+
+
+def ruler_sentence(column: Column, by_length: ByLength) -> str:
+    """The effective length in words and, of several lengths, the weighted averages of the paper's table 3."""
+    threshold = column.evaluation.settings.ruler.threshold
+    tasks = count_text(max(map(len, by_length.values())), "task")
+    text = (
+        f"{column.label}: effective length {effective_cell(column, by_length)} tokens, at the threshold of "
+        f"{threshold:g} over {tasks}"
+    )
+    if len(by_length) < 2:
+        return f"{text}."
+    averages = {length: average(scores).mean for length, scores in by_length.items()}
+    to_long, to_short = (weighted_average(averages, increasing) for increasing in (True, False))
+    return f"{text}; average weighted towards long prompts {to_long:.1f}, towards short ones {to_short:.1f}."
 
 
 def thresholds(columns: Sequence[Column]) -> str:

@@ -36,7 +36,7 @@ from longlora.evaluation.report.page import (
 from longlora.evaluation.report.render import to_html
 from longlora.evaluation.report.results import to_results
 from longlora.evaluation.report.retrieval_maps import retrieval_maps
-from longlora.evaluation.report.ruler_scores import effective_cell, ruler_scores, ruler_table
+from longlora.evaluation.report.ruler_scores import ruler_scores, ruler_sentence, ruler_table
 from longlora.evaluation.report.shared import kind_of, kinds_of, shared_positions
 from longlora.evaluation.report.short_context import short_context_table
 from longlora.evaluation.report.summary import Summary, perplexity_lengths, summarize
@@ -198,17 +198,13 @@ def _ruler(comparison: Comparison) -> tuple[Block, ...]:
     if not scores:
         return (Paragraph("RULER was not measured."),)
     maps = tuple(ruler_table(column, by_length) for column, by_length in scores.items())
-    effective = tuple(
-        f"{column.label}: effective length {effective_cell(column, by_length)} tokens, at the threshold of "
-        f"{column.evaluation.settings.ruler.threshold:g} over {count_text(max(map(len, by_length.values())), 'task')}."
-        for column, by_length in scores.items()
-    )
+    sentences = tuple(ruler_sentence(column, by_length) for column, by_length in scores.items())
     marked = any(column.mark(length) for column, by_length in scores.items() for length in by_length)
     caption = (
         "Score (0 to 100) by task and prompt length (tokens), its 95 % interval, and the prompts n it rests on, which "
         f"all models were asked. The average gives every task the same weight.{_hatched(marked)}"
     )
-    return (Bullets(effective), Maps(maps, caption))
+    return (Bullets(sentences), Maps(maps, caption))
 
 
 def _short_context(comparison: Comparison) -> tuple[Block, ...]:
