@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import shutil
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from ablation_variants import EXPERIMENTS, Size, Texts, Variant
 from rich.console import Console
-from rows import RESULTS, append_rows
+from rows import RESULTS, append_rows, read_rows
 
 from longlora.artifacts import RunFolder, read_json, write_atomic
 from longlora.config import Recipe, dump_recipe
@@ -51,11 +50,7 @@ def planned(experiments: list[str], seeds: int, only: str | None) -> Iterator[Wo
 
 def done() -> set[str]:
     """Identities of the runs whose rows are there."""
-    path = RESULTS / f"{NAME}.csv"
-    if not path.exists():
-        return set()
-    with path.open(encoding="utf-8") as handle:
-        return {row["settings"] for row in csv.DictReader(handle)}
+    return {row["settings"] for row in read_rows(NAME)}
 
 
 @contextlib.contextmanager

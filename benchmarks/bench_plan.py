@@ -12,7 +12,6 @@ after the first, are from there; the process is then larger (``kept_mb``). Time 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, before torch
 
-from rows import RESULTS, append_rows, device_for_benchmark
+from rows import append_rows, device_for_benchmark, read_rows
 from transformers import AutoConfig
 
 from longlora.bench.inputs import random_model
@@ -158,11 +157,7 @@ def row_of(name: str) -> dict[str, Any]:
 
 
 def done_before() -> set[str]:
-    path = RESULTS / "plan.csv"
-    if not path.exists():
-        return set()
-    with path.open(encoding="utf-8") as handle:
-        return {row["point"] for row in csv.DictReader(handle)}
+    return {row["point"] for row in read_rows("plan")}
 
 
 def main() -> None:

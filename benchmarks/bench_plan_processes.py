@@ -14,7 +14,6 @@ Where a CPU has no bfloat16 of its own (no AVX512-BF16, no AMX) products in it a
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import signal
@@ -29,7 +28,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, 
 
 from bench_plan import SHAPES
 from rich.console import Console
-from rows import RESULTS, append_rows, device_for_benchmark
+from rows import append_rows, device_for_benchmark, read_rows
 from transformers import AutoConfig
 
 from longlora.artifacts import RunFolder
@@ -141,11 +140,7 @@ def row_of(name: str, shape: str, context: int, dtype: str) -> dict[str, Any]:
 
 
 def done_before() -> set[tuple[str, str, int, str]]:
-    path = RESULTS / "plan_processes.csv"
-    if not path.exists():
-        return set()
-    with path.open(encoding="utf-8") as handle:
-        return {(row["point"], row["shape"], int(row["context"]), row["dtype"]) for row in csv.DictReader(handle)}
+    return {(row["point"], row["shape"], int(row["context"]), row["dtype"]) for row in read_rows("plan_processes")}
 
 
 def main() -> None:

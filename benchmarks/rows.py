@@ -54,6 +54,15 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
+def read_rows(name: str) -> list[dict[str, str]]:
+    """The rows of ``results/NAME.csv``; none without the file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
 def append_rows(name: str, rows: list[dict[str, Any]], device: torch.device) -> Path:
     """Append to ``results/NAME.csv``, with device, versions, commit and date; a new file gets a header."""
     path = RESULTS / f"{name}.csv"
