@@ -191,6 +191,13 @@ def test_a_model_that_never_follows_is_given_up(tmp_path: Path, server: Server) 
         ("file:///etc/passwd", None, "is no http or https address"),
         ("http://user:pw@host/v1", None, "holds a user, password or query"),
         ("http://host/v1?key=1", None, "holds a user, password or query"),
+        ("http://127.0.0.1:9/vé", None, "vé' is empty, or holds a space or a letter that is not ASCII"),
+        ("http://host/v 1", None, "holds a space"),
+        ("http://host/v1\n", None, "holds a space"),
+        ("http://user:pw@host/v 1", None, r"'http://\*\*\*@host/v 1' is empty, or holds a space"),
+        ("http://[::1/v1", None, r"is no address \(Invalid IPv6 URL\): give one like"),
+        ("http://host:80a/v1", None, r"is no address \(Port could not be cast"),
+        ("http://host:99999/v1", None, r"is no address \(Port out of range"),
         ("http://host/v1", "NOT_SET_ANYWHERE", "NOT_SET_ANYWHERE of --key-env is not set"),
     ],
 )
@@ -198,3 +205,15 @@ def test_addresses_and_keys_that_cannot_be_used(url: str, key: str | None, messa
     with pytest.raises(DataError, match=message) as caught:
         Endpoint(url, "m", key)
     assert "pw" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r", f"{KEY}\n", f"{KEY}é", f"{KEY}\u2028", f"{KEY}\udce9"])
+def test_a_key_that_fits_into_no_header_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OUR_KEY", key)
+    with pytest.raises(DataError, match="environment variable OUR_KEY of --key-env holds a line end") as caught:
+        Endpoint("http://host/v1", "m", "OUR_KEY")
+    assert KEY not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("OUR_KEY", KEY)
+    Endpoint("http://[::1]:8000/v1", "m", "OUR_KEY")

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -31,6 +32,8 @@ _WORTH_A_RETRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _LARGEST_REPLY = 4_000_000
 _REASON = 160
 _BAD_IN_A_ROW = 20
+_GRAPHIC = re.compile("[!-~]+")
+_USER = re.compile("//[^/]*@")
 _INSTRUCTION = (
     "Write one question about the text below that can be answered from the text alone and has exactly one right "
     "answer, which is short. Reply with one JSON object and nothing else, with three strings: "
@@ -64,15 +67,10 @@ class Endpoint:
     _bad: int = 0
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise DataError(
-                f"--endpoint {self.url!r} is no http or https address: give one like http://localhost:8000/v1"
-            )
-        if parts.username or parts.password or parts.query:
-            raise DataError("--endpoint holds a user, password or query: name an environment variable by --key-env")
-        if self.key_env and not os.environ.get(self.key_env):
-            raise DataError(f"environment variable {self.key_env} of --key-env is not set or empty: export it")
+        # Here, because what the libraries say of these later is no OSError, or holds the key.
+        _check_address(self.url)
+        if self.key_env:
+            _check_key(self.key_env)
 
     def settings(self) -> dict[str, Any]:
         """What decides the questions, for the settings file and the card."""
@@ -137,6 +135,34 @@ class Endpoint:
         plain = " ".join(text.decode(errors="replace").split())
         key = os.environ.get(self.key_env, "") if self.key_env else ""
         return (plain.replace(key, "***") if key else plain)[:_REASON]
+
+
+def _check_address(url: str) -> None:
+    """`DataError` unless requests can be sent to `url`; a password in it is not shown."""
+    shown = f"--endpoint {_USER.sub('//***@', url)!r}"
+    if not _GRAPHIC.fullmatch(url):
+        raise DataError(f"{shown} is empty, or holds a space or a letter that is not ASCII: write these like %20")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # raises
+    except ValueError as error:
+        raise DataError(f"{shown} is no address ({error}): give one like http://localhost:8000/v1") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise DataError(f"{shown} is no http or https address: give one like http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise DataError("--endpoint holds a user, password or query: name an environment variable by --key-env")
+
+
+def _check_key(name: str) -> None:
+    """`DataError`, without the key, unless environment variable `name` has one that fits into a header."""
+    key = os.environ.get(name)
+    if not key:
+        raise DataError(f"environment variable {name} of --key-env is not set or empty: export it")
+    if not (key.isascii() and key.isprintable()):
+        raise DataError(
+            f"environment variable {name} of --key-env holds a line end, another control character or a letter that is "
+            "not ASCII: export the key alone (a file with Windows line ends leaves \\r behind it)"
+        )
 
 
 def completion(content: bytes) -> str:
