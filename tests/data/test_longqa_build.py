@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from longlora.data.longqa.card import Facts
 from longlora.data.longqa.split import held_out, related_groups, without_copies
 from longlora.data.longqa.tasks import TASKS, Draft, Offline
 from longlora.data.longqa.text import Window, quarter_of_characters
-from longlora.errors import DataError
+from longlora.errors import DataError, RunFolderError
 
 SETTINGS = LongQASettings(lengths=(600, 900), per_document=6, seed=3)
 FILES = ("train.jsonl", "heldout.jsonl", "dropped.jsonl", "README.md", "settings.json")
@@ -138,6 +139,42 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "train.jsonl").read_text() == "mine"
     with pytest.raises(DataError, match="is a file"):
         build(tmp_path / "set" / "train.jsonl")
+
+
+def locked(folder: Path) -> bool:
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_folder_is_written_by_one_command_at_a_time(tmp_path: Path) -> None:
+    class Looking(Offline):
+        def draft(self, window: Window, generator: random.Random, index: int, attempt: int) -> Draft | str:
+            assert locked(tmp_path / "set")
+            return super().draft(window, generator, index, attempt)
+
+    build(tmp_path / "set", maker=Looking(list(TASKS)))
+    assert {path.name for path in (tmp_path / "set").iterdir()} == set(FILES)
+    before = contents(tmp_path / "set")
+    other = LongQASettings(lengths=(600,), per_document=2, seed=3)
+    with (tmp_path / "set" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunFolderError, match=r"--output .*set is in use by another process: wait until it ends"):
+            build(tmp_path / "set", other, replace=True)
+    assert contents(tmp_path / "set") == before
+    with pytest.raises(DataError, match="begun with other settings"):
+        build(tmp_path / "set", other)
+    assert not (tmp_path / "set" / ".lock").exists()
+
+
+def test_a_lock_that_a_killed_command_left_is_no_file_of_others(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / ".lock").write_text("{}")
+    build(tmp_path / "set")
+    assert {path.name for path in (tmp_path / "set").iterdir()} == set(FILES)
 
 
 def test_no_question_is_asked_twice(tmp_path: Path) -> None:

@@ -13,27 +13,38 @@ from longlora.artifacts import read_json, write_json
 from longlora.data.longqa.rows import Rows
 from longlora.data.longqa.tasks import Draft
 from longlora.errors import DataError
+from longlora.storage import exclusive
 
 SIDES = ("train", "heldout")
 CARD = "README.md"
 _SETTINGS = "settings.json"
 _DROPPED = "dropped.jsonl"
+_LOCK = ".lock"
 
 
 class Output:
     """An open folder with ``train.jsonl``, ``heldout.jsonl`` and ``dropped.jsonl`` (what came to nothing, and why)."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, replace: bool) -> None:
-        """Open a new folder, or the one that a command with the same settings began.
+        """Open a new folder, or the one that a command with the same settings began, and keep others out of it.
 
         Raises:
             DataError: the folder has other settings and `replace` is false, or files that are not of a set.
+            RunFolderError: another process has it open.
         """
         self.folder = folder
-        _prepare(folder, settings, replace=replace)
-        self._files = ExitStack()
-        self.rows = {side: self._files.enter_context(Rows(folder / f"{side}.jsonl")) for side in SIDES}
-        self.dropped = self._files.enter_context(Rows(folder / _DROPPED))
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"--output {folder} is a file: name a folder")
+        with ExitStack() as opened:
+            opened.enter_context(exclusive(folder / _LOCK, f"--output {folder}", "longlora data longqa"))
+            _prepare(folder, settings, replace=replace)
+            self.rows = {side: opened.enter_context(Rows(folder / f"{side}.jsonl")) for side in SIDES}
+            self.dropped = opened.enter_context(Rows(folder / _DROPPED))
+            self._read()
+            self._opened = opened.pop_all()
+
+    def _read(self) -> None:
+        """What earlier commands made."""
         self.done: set[str] = {row["id"] for row in self.dropped}
         self.kept = 0
         self._asked: set[str] = set()
@@ -66,7 +77,7 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.close()
+        self._opened.close()
 
 
 def _mark(question: str, evidence: str) -> str:
@@ -76,8 +87,6 @@ def _mark(question: str, evidence: str) -> str:
 
 def _prepare(folder: Path, settings: Mapping[str, Any], *, replace: bool) -> None:
     path = folder / _SETTINGS
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--output {folder} is a file: name a folder")
     if path.exists() and replace:
         for name in (CARD, *(f"{side}.jsonl" for side in SIDES), _DROPPED, _SETTINGS):
             (folder / name).unlink(missing_ok=True)
@@ -89,7 +98,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], *, replace: bool) -> Non
                 "another folder, or --replace to start anew"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if any(entry.name != _LOCK for entry in folder.iterdir()):
         raise DataError(f"--output {folder} holds other files already: name a new folder")
     write_json(path, settings)
 
