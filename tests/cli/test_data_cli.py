@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,29 @@ def test_a_set_counted_by_a_tokenizer(texts: Path, tmp_path: Path, tiny_model_fo
         assert 0.75 * row["length"] < row["tokens"] <= row["length"]
     assert "the tokenizer of" in (tmp_path / "set" / "README.md").read_text()
     assert "going on: 18 rows" in run(texts, "--output", tmp_path / "set", *options, "--model", tiny_model_folder)
+
+
+def test_names_that_are_not_utf8_are_written_as_far_as_they_can_be(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, new in (("one", b"caf\xe8"), ("two", b"caf\xe9")):
+        (texts / f"{name}.txt").rename(texts / os.fsdecode(new + b".txt"))
+    options = ["--output", tmp_path / os.fsdecode(b"s\xe9t"), "--tokens", 1000, "--per-document", 2]
+    options += ["--heldout", os.fsdecode(b"caf\xe8")]
+    monkeypatch.setattr(sys, "argv", ["longlora", "data", "longqa", os.fsdecode(bytes(texts)), *map(str, options)])
+    assert "s\ufffdt: train 4 rows of 2 documents; heldout 2 rows of 1 documents" in run(texts, *options)
+    folder = tmp_path / os.fsdecode(b"s\xe9t")
+    train = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["document"] for row in train} == {"caf\ufffd (2)", "three"}
+    assert "--heldout 'caf\ufffd'" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_seed_that_no_library_takes_is_refused(texts: Path, tmp_path: Path) -> None:
+    arguments = ["data", "longqa", str(texts), "--output", str(tmp_path / "set"), "--seed", str(2**32)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "4294967295" in result.output
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,22 @@ class TestFolders:
         left_out = "3 not .txt, .md, .jsonl or .parquet (b.pdf, noext, sub/c.HTML)"
         assert report.summary() == f"read 1 document; left out: {left_out}"
 
+    def test_names_that_are_not_utf8_can_be_written_and_equal_ones_are_all_read(self, tmp_path: Path) -> None:
+        for name in (b"caf\xe8.txt", b"caf\xe9.txt"):
+            (tmp_path / os.fsdecode(name)).write_bytes(name)
+        (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"")
+        jsonl(tmp_path / os.fsdecode(b"\xe9.jsonl"), {"text": "one"})
+        (tmp_path / os.fsdecode(b"\xe9.pdf")).write_bytes(b"x")
+        table(tmp_path / "a.parquet", text=["p"]).rename(tmp_path / os.fsdecode(b"\xe9.parquet"))
+        for name in (b"caf\xe8.txt", b"caf\xe9.txt"):
+            (tmp_path / os.fsdecode(name)).write_text(str(name))
+        documents, report = read(tmp_path)
+        cafes = [("caf\ufffd", str(name)) for name in (b"caf\xe8.txt", b"caf\xe9.txt")]
+        assert [(d.name, d.text) for d in documents] == [*cafes, ("\ufffd.jsonl:1", "one"), ("\ufffd.parquet:0", "p")]
+        assert report.empty == ["\ufffd"]
+        assert report.other_files == ["\ufffd.pdf"]
+        assert pairs(tmp_path / os.fsdecode(b"caf\xe9.txt")) == cafes[1:]
+
     def test_folder_without_known_files(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("x")
         with pytest.raises(DataError, match=r"holds no \.txt, \.md, \.jsonl or \.parquet file"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import word_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from longlora.artifacts import LOSS_MASK
 from longlora.config import InstructConfig
@@ -222,3 +222,15 @@ def test_a_template_that_never_ends_an_answer_is_said(make: Callable[..., Any]) 
     assert "WARNING" not in make(record)[1].summary(200)
     _, report, _ = make(record, template="{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
     assert "the model will not learn to end one" in report.summary(200)
+
+
+def test_a_tokenizer_without_offsets_is_refused_at_the_first_example(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text(PLAIN)
+    (tmp_path / "a.jsonl").write_text(json.dumps(chat(("user", "one?"), ("assistant", "first"))))
+    with pytest.raises(DataError, match=r"ByT5Tokenizer of the model gives no character offsets, .*: take a model"):
+        write_instruct_shard(
+            tmp_path / "s", [str(tmp_path / "a.jsonl")], ByT5Tokenizer(),
+            settings=InstructConfig(template=str(tmp_path / "t")), context_length=500, tokenizer_hash="abc",
+            report=InstructReport(),
+        )  # fmt: skip
+    assert not (tmp_path / "s").exists()

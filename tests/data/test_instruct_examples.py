@@ -1,6 +1,7 @@
 """Records of every format become conversations, and what cannot is said with file and line."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,15 @@ def test_rows_of_longqa_say_where_their_document_ends(tmp_path: Path) -> None:
     assert (message.before, message.document, message.after) == ("", "a\n\nb", "\n\nWhich?\n\n1. b")
     source = written(tmp_path / "b.jsonl", {"messages": turns, "document_end": 4000})
     assert read(source)[0].messages[0].after == "\n\n1. b"
+
+
+def test_names_that_are_not_utf8_can_be_written(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    written(tmp_path / os.fsdecode(b"\xe8.jsonl"), CHAT)
+    written(tmp_path / os.fsdecode(b"\xe9.jsonl"), CHAT)
+    parquet.write_table(pa.Table.from_pylist([CHAT]), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").rename(tmp_path / os.fsdecode(b"\xe9.parquet"))
+    names = [example.name for example in read(str(tmp_path))]
+    assert names == ["\ufffd.jsonl:1", "\ufffd.jsonl:1", "\ufffd.parquet:0"]

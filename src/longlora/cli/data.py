@@ -43,7 +43,9 @@ def longqa(
     ] = None,
     per_document: Annotated[int, typer.Option(min=1, help="Examples of each document at each length, at most.")] = 50,
     tasks: Annotated[str, typer.Option(help="Offline tasks, with commas; all if left out.")] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Decides windows, questions, wordings and the split.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Decides windows, questions, wordings and the split.")
+    ] = 0,
     heldout: Annotated[
         list[str] | None,
         typer.Option(help="Share of the documents to hold out, or names of documents (repeat). [default: 0.2]"),
@@ -60,11 +62,12 @@ def longqa(
     replace: Annotated[bool, typer.Option("--replace", help="Start anew in a folder with other settings.")] = False,
 ) -> None:
     """Make long questions and answers with their evidence, by rules or through an endpoint."""
+    from longlora.data.formats import printable
     from longlora.data.longqa.build import LongQASettings, build_longqa
 
     out = console()
     maker = _maker(tasks, endpoint, endpoint_model, key_env)
-    share, names = _held_out(heldout or [])
+    share, names = _held_out([printable(value) for value in heldout or []])
     settings = LongQASettings(
         lengths=tuple(sorted(set(tokens or [4096]))),
         per_document=per_document,
@@ -82,7 +85,7 @@ def longqa(
         settings,
         maker,
         _counter(model),
-        command=shlex.join(["longlora", *sys.argv[1:]]),
+        command=printable(shlex.join(["longlora", *sys.argv[1:]])),
         replace=replace,
         say=lambda line: out.print(line, highlight=False, markup=False),
     )
@@ -90,7 +93,7 @@ def longqa(
         out.print(f"left out, too short: {name} ({count} tokens)", highlight=False, markup=False)
     for name, original in facts.copies:
         out.print(f"left out: {name}, a copy of {original}", highlight=False, markup=False)
-    out.print(f"{output}: {facts.summary()}", highlight=False, markup=False)
+    out.print(f"{printable(str(output))}: {facts.summary()}", highlight=False, markup=False)
 
 
 def _maker(tasks: str, endpoint: str | None, endpoint_model: str | None, key_env: str | None) -> Maker:

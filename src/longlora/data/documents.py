@@ -19,6 +19,7 @@ from longlora.data.formats import (
     file_reader,
     hub_reader,
     local_path,
+    printable,
     saved_dataset_reader,
     unreadable,
     visible_files,
@@ -109,7 +110,7 @@ def _readers(source: str, report: ReadReport) -> list[Reader]:
         if path.is_dir():
             return [saved_dataset_reader(path)] if _is_saved_dataset(path) else _folder_readers(path, report)
         if path.is_file():
-            return [file_reader(path, path.name)]
+            return [file_reader(path, printable(path.name))]
         exists = path.exists()
     except OSError as error:
         raise unreadable(path, error) from error
@@ -127,8 +128,8 @@ def _folder_readers(folder: Path, report: ReadReport) -> list[Reader]:
     known = {name: path for name, path in sorted(names.items()) if path.suffix.lower() in SUFFIXES}
     if not known:
         raise DataError(f"folder {folder} holds no {any_of(SUFFIXES)} file: give a folder with at least one")
-    report.other_files += sorted(names.keys() - known.keys())
-    return [file_reader(path, name) for name, path in known.items()]
+    report.other_files += map(printable, sorted(names.keys() - known.keys()))
+    return [file_reader(path, printable(name)) for name, path in known.items()]
 
 
 def _first(names: Sequence[str]) -> str:

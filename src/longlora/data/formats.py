@@ -39,6 +39,11 @@ def local_path(source: str) -> Path:
         raise DataError(f"{source} cannot be found ({one_line(error)}): give the whole path") from None
 
 
+def printable(name: str) -> str:
+    """A file's name as valid Unicode: what is not UTF-8 in it, half surrogate pairs to Python, cannot be written."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", name)
+
+
 def decode(raw: str | bytes | None) -> str | None:
     """The text, empty for a missing value; None if it is not UTF-8 or holds half a surrogate pair, as JSON may."""
     if raw is None:
@@ -52,7 +57,7 @@ def decode(raw: str | bytes | None) -> str | None:
 
 
 def file_reader(path: Path, name: str) -> Reader:
-    """The reader of one file by its suffix; `DataError` for an unknown one."""
+    """The reader of one file by its suffix, which `name` ends in too; `DataError` for an unknown one."""
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
         return lambda text_field: _read_text(path, name[: -len(suffix)])
@@ -113,7 +118,8 @@ def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[Raw]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        # Not by its path, which Arrow takes for UTF-8.
+        with path.open("rb") as handle, parquet.ParquetFile(handle) as file:
             if text_field not in file.schema_arrow.names:
                 raise _missing_field(str(path), text_field, file.schema_arrow.names)
             columns = (batch.column(0) for batch in file.iter_batches(BATCH_ROWS, columns=[text_field]))
@@ -143,7 +149,8 @@ def _rows(
 
 def saved_dataset_reader(folder: Path) -> Reader:
     """The reader of a folder saved with ``datasets.save_to_disk``."""
-    return lambda text_field: _dataset_rows(saved_dataset(folder), folder.resolve().name, text_field, f"{folder}")
+    name = printable(folder.resolve().name)
+    return lambda text_field: _dataset_rows(saved_dataset(folder), name, text_field, f"{folder}")
 
 
 def saved_dataset(folder: Path) -> datasets.Dataset:

@@ -18,6 +18,7 @@ from longlora.data.formats import (
     hub_dataset,
     json_value,
     local_path,
+    printable,
     saved_dataset,
     unreadable,
     visible_files,
@@ -52,7 +53,7 @@ def record_readers(source: str) -> list[Callable[[], Iterator[Record]]]:
     try:
         if path.is_dir():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-                return [lambda: _rows(saved_dataset(path), path.resolve().name, str(path))]
+                return [lambda: _rows(saved_dataset(path), printable(path.resolve().name), str(path))]
             return [_file_reader(file) for file in _files(path)]
         if path.is_file():
             return [_file_reader(path)]
@@ -138,7 +139,7 @@ def _record(path: Path, number: int, value: Any) -> Record:
     place = f"{path}:{number}"
     if not isinstance(value, dict):
         raise DataError(f"{place} holds a JSON {type(value).__name__}: each example must be an object")
-    return Record(f"{path.name}:{number}", place, value)
+    return Record(f"{printable(path.name)}:{number}", place, value)
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -146,9 +147,10 @@ def _parquet(path: Path) -> Iterator[Record]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        # Not by its path, which Arrow takes for UTF-8.
+        with path.open("rb") as handle, parquet.ParquetFile(handle) as file:
             rows = (row for batch in file.iter_batches(BATCH_ROWS) for row in batch.to_pylist())
-            yield from _rows(rows, path.name, str(path))
+            yield from _rows(rows, printable(path.name), str(path))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a whole parquet file with UTF-8 ({error}): write it again") from error
     except OSError as error:

@@ -62,8 +62,14 @@ class Encoder:
         """`example` in at most `context_length` tokens; None if it is longer even without its documents.
 
         Raises:
-            DataError: as `render`.
+            DataError: as `render`, or the tokenizer does not say which characters its tokens stand for.
         """
+        # For the first example, however short it is: the first one that is too long may come after hours.
+        if not self._tokenizer.is_fast:
+            raise DataError(
+                f"{type(self._tokenizer).__name__} of {self._tokenizer.name_or_path or 'the model'} gives no character "
+                "offsets, which instructions need to shorten documents: take a model with a fast tokenizer"
+            )
         tokens, mask = self._tokens(example)
         before = len(tokens)
         # More than once only where tokens merge differently around the cut.
