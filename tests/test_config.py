@@ -34,6 +34,37 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.revision=1234567", "1234567"),
+        ("model.revision=12e4567", "12e4567"),
+        ("model.revision=0123", "0123"),
+        ("model.revision=null", None),
+        ("model.revision='null'", "null"),
+        ('model.revision="12e45"', "12e45"),
+        ("model.name_or_path=3e-4", "3e-4"),
+        ("model.name_or_path=2024-01-01", "2024-01-01"),
+        ("run_dir=nan", "nan"),
+        ("run_dir=yes", "yes"),
+        ("run_dir=[exp1]", "[exp1]"),
+        ("data.instruct.system=1_000", "1_000"),
+        ("eval.longppl.evaluator=1e5", "1e5"),
+        ("train.learning_rate=3e-4", 3e-4),
+        ("context.rope_factor=4e0", 4.0),
+        ("context.rope_factor=null", None),
+        ("train.mlp_tile_tokens=1e3", 1000),
+        ("data.train=['1e5']", ["1e5"]),
+    ],
+)
+def test_text_is_taken_as_it_was_typed_and_exponents_are_numbers_elsewhere(override: str, expected: object) -> None:
+    value: object = build_recipe(MINIMAL, [override])
+    for name in override.partition("=")[0].split("."):
+        value = getattr(value, name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
     ("values", "overrides", "expected"),
     [
         ({}, ["train.stepz=3"], "unknown key train.stepz; did you mean train.steps?"),
@@ -41,6 +72,10 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
         ({}, ["training.learning_rate=1"], "unknown key training; did you mean train?"),
         ({}, ["train.group_size=4"], "unknown key train.group_size; did you mean attention.group_size?"),
         ({}, ["train.steps=0"], "train.steps = 0: Input should be greater than 0"),
+        ({}, ["train.seed=4294967296"], "train.seed = 4294967296: Input should be less than 4294967296"),
+        ({}, ["train.seed=20261231235959"], "train.seed = 20261231235959: Input should be less than 4294967296"),
+        ({}, ["run_dir=null"], "run_dir = None: Input should be a valid string"),
+        ({}, ["run_dir=a: b: c"], "the value is not valid YAML; quote it"),
         ({}, ["train.steps=many"], "train.steps = 'many'"),
         ({}, ["train.steps"], "override 'train.steps' is not of the form"),
         ({}, ["run_dir.x=1"], "run_dir is a value, not a section"),

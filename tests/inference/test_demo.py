@@ -76,10 +76,13 @@ def test_an_answer_comes_in_pieces_with_its_progress_and_numbers(session: LongSe
     assert "going" not in shown[-1][0]
     assert "first token after" in shown[-1][1]
     assert "tokens/s" in shown[-1][1]
+    emptied = list(page.ask("w", loaded, "What time?", 20, 0.7, 1, None))  # the box of the seed
+    assert emptied[-1][0] == list(page.ask("w", loaded, "What time?", 20, 0.7, 1, 0))[-1][0] != answer_html("")
     for asked, expected in (
         (("", 20, 0, 1, 0), "no question"),
         (("Why?", WINDOW, 0, 1, 0), "the model&#x27;s window is 1,024"),
         (("Why?", 20, -1, 1, 0), "temperature -1 is below 0"),
+        (("Why?", 20, 0, 1, 10**20), "seed 100000000000000000000 is not from 0"),
     ):
         [(answer, line)] = page.ask("w", loaded, *asked)
         assert "The answer appears here" in answer

@@ -203,6 +203,8 @@ def test_a_document_cannot_end_its_message(tokenizer: PreTrainedTokenizerFast) -
         (lambda: Sampling(temperature=-1), "temperature -1 is below 0"),
         (lambda: Sampling(temperature=float("nan")), "temperature nan is below 0 or no number"),
         (lambda: Sampling(top_p=0), "top_p 0 is not above 0"),
+        (lambda: Sampling(seed=-1), "seed -1 is not from 0 to 2"),
+        (lambda: Sampling(seed=2**63), "seed 9223372036854775808 is not from 0 to 2"),
         (lambda: Sampling(top_p=1.5), "top_p 1.5 is not above 0"),
         (lambda: LongSession(askable_model(), askable_tokenizer(), chunk_tokens=0), "chunk_tokens 0 is below 1"),
         (

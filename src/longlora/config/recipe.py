@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -123,15 +124,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, raw = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"override {override!r} is not of the form section.key=value, for example train.steps=20")
+    *sections, leaf = parts = key.split(".")
     try:
         value = read_yaml(raw)
     except yaml.YAMLError:
         raise RecipeError(f"override {override!r:.200}: the value is not valid YAML; quote it") from None
-    # YAML 1.1 reads 3e-4 as a string; numbers are what a person means here.
-    if isinstance(value, str):
+    if _is_text(parts):
+        # A revision may have digits alone and a folder be called 2024-01-01: they are what was typed.
+        value = value if value is None or isinstance(value, str) else raw.strip()
+    elif isinstance(value, str):
+        # YAML 1.1 reads 3e-4 as a string; numbers are what a person means here.
         with contextlib.suppress(ValueError):
             value = float(value)
-    *sections, leaf = key.split(".")
     node = values
     for section in sections:
         child = node.setdefault(section, {})
@@ -139,3 +143,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {override!r}: {section} is a value, not a section")
         node = child
     node[leaf] = value
+
+
+def _is_text(parts: Sequence[str]) -> bool:
+    """Whether the setting of this dotted name is text, or text or null."""
+    annotation: Any = Recipe
+    for part in parts:
+        field = getattr(annotation, "model_fields", {}).get(part)
+        annotation = field.annotation if field else None
+    return annotation is str or set(get_args(annotation)) == {str, NoneType}

@@ -223,7 +223,7 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(default=3, ge=0)
     """Steps of the whole run that may be left out because their loss or gradient is no number: the weights stay as they
     were, and the documents are named. One more stops the run."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Order of the sequences and initial LoRA weights."""
     activation_checkpointing: bool = True
     """Keep only the inputs of the layers and compute the rest again in the backward pass."""

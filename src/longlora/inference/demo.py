@@ -86,15 +86,15 @@ class _Page:
         answer_tokens: float,
         temperature: float,
         top_p: float,
-        seed: float,
+        seed: float | None,
     ) -> Iterator[tuple[str, str]]:
-        """(answer so far, line with its numbers), again and again."""
+        """(answer so far, line with its numbers), again and again. An empty box, None, is a seed of 0."""
         if not question.strip():
             yield answer_html(""), state_html("no question: type one", refused=True)
             return
         message = Message("user", question.strip(), (loaded.text,) if loaded else ())
         try:
-            sampling = Sampling(float(temperature), float(top_p), int(seed))
+            sampling = Sampling(float(temperature), float(top_p), int(seed or 0))
             answer = self._session.ask([message], max_new_tokens=int(answer_tokens), sampling=sampling)
             for _ in answer:
                 if window_id in self._stopped:

@@ -53,6 +53,8 @@ class Sampling:
             raise DataError(f"temperature {self.temperature:g} is below 0 or no number: 0 takes the most likely token")
         if not 0 < self.top_p <= 1:
             raise DataError(f"top_p {self.top_p:g} is not above 0 and at most 1: 1 leaves out no token")
+        if not 0 <= self.seed < 2**63:
+            raise DataError(f"seed {self.seed} is not from 0 to 2**63 - 1: 0 is usual")
 
     def warpers(self) -> LogitsProcessorList | None:
         """transformers' own, in the order of `generate`; None for the most likely token."""
