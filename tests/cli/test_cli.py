@@ -1,6 +1,7 @@
 """The command line as a person meets it: a whole small run, and one line for every mistake."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,8 @@ import pytest
 import torch
 from command_line import Result
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+
+from longlora.cli.options import console
 
 
 @pytest.fixture
@@ -96,6 +99,29 @@ def test_from_texts_to_a_report(longlora: Callable[..., Result], recipe: Path, t
     assert "output folder run/merged already exists" in merged_again.stderr
 
 
+def test_paths_and_names_are_printed_as_they_are(longlora: Callable[..., Result], recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts" / "empty.txt").rename(tmp_path / "texts" / os.fsdecode(b"[a]\xe9.txt"))
+    run, short = "run_dir=runs/[exp1]", ["train.steps=1", "eval.tasks=[perplexity]", "eval.variants=[base]"]
+    prepared = longlora("prepare", "recipe.yaml", run, *short)
+    assert prepared.returncode == 0, prepared.stderr
+    assert "1 empty ([a]\ufffd)" in prepared.stdout
+    for verb, line in (
+        (("train",), "adapter: runs/[exp1]/adapter"),
+        (("train", "--or-resume"), "finished before: runs/[exp1]/adapter"),
+        (("merge",), "merged: runs/[exp1]/merged, verified: "),
+        (("eval",), "rows: runs/[exp1]/eval/base.json"),
+        (("report",), "report: runs/[exp1]/report.html"),
+    ):
+        result = longlora(*verb, "recipe.yaml", run, *short)
+        assert result.returncode == 0, result.stderr
+        assert line in result.stdout
+
+
+def test_no_part_of_a_name_becomes_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    console().print("a.jsonl:100: train", markup=False)
+    assert capsys.readouterr().out == "a.jsonl:100: train\n"
+
+
 def test_resume_takes_a_longer_run_and_memory_levers_alone(longlora: Callable[..., Result], recipe: Path) -> None:
     assert longlora("prepare", "recipe.yaml").returncode == 0
     changed = longlora("resume", "recipe.yaml", "train.learning_rate=0.5")
@@ -147,13 +173,13 @@ def test_check_passes_and_prints_a_line_a_check(longlora: Callable[..., Result],
 
 def test_check_takes_the_attention_of_a_recipe(longlora: Callable[..., Result], recipe: Path) -> None:
     settings = ["attention.shift=layers", "attention.sink_tokens=48", "attention.full_attention_final_fraction=0.2"]
-    result = longlora("check", "recipe.yaml", *settings, "--picture", "new/folder/picture.png")
+    result = longlora("check", "recipe.yaml", *settings, "--picture", "new/[folder]/picture.png")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "shifted in every other layer); backend grouped in float32" in result.stdout
     assert "checked with groups of 16 and 12 sink tokens" in result.stdout
     assert "ok   the final phase of training is full attention" in result.stdout
-    assert "drawn: layer 0, head 0: groups; layer 1, head 0: shifted groups: new/folder/picture.png" in result.stdout
-    assert Path("new/folder/picture.png").exists()
+    assert "drawn: layer 0, head 0: groups; layer 1, head 0: shifted groups: new/[folder]/picture.png" in result.stdout
+    assert Path("new/[folder]/picture.png").exists()
 
 
 def test_check_of_full_attention(longlora: Callable[..., Result], recipe: Path) -> None:
@@ -192,6 +218,16 @@ def test_check_of_full_attention_without_s2_says_what_fails(
         (("eval", "recipe.yaml"), "run `longlora prepare` again"),
         (("report", "recipe.yaml"), "run `longlora eval` first"),
         (("prepare", "recipe.yaml", "data.heldout=[missing.txt]"), "missing.txt"),
+        (
+            ("prepare", "recipe.yaml", "run_dir=texts/0.txt"),
+            "cannot use texts/0.txt: File exists; choose another run_dir",
+        ),
+        (
+            ("prepare", "recipe.yaml", "run_dir=texts/0.txt/x"),
+            "cannot use texts/0.txt/x: Not a directory; choose another",
+        ),
+        (("prepare", "recipe.yaml", f"run_dir={'x' * 300}"), ": File name too long; choose another run_dir"),
+        (("prepare", "recipe.yaml", "run_dir=loop/x"), ": Too many levels of symbolic links; choose another run_dir"),
         (("check", "./nowhere"), "model './nowhere' cannot be read"),
         (
             ("check", "./nowhere", "--picture", "texts"),
@@ -205,6 +241,7 @@ def test_check_of_full_attention_without_s2_says_what_fails(
 def test_mistakes_are_one_line_and_exit_code_2(
     longlora: Callable[..., Result], recipe: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str
 ) -> None:
+    (tmp_path / "loop").symlink_to("loop")
     result = longlora(*arguments)
     assert result.returncode == 2, result.stdout + result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr

@@ -135,6 +135,12 @@ def test_mistakes_are_one_line(
     assert expected in str(error)
 
 
+def test_a_seed_that_no_library_takes_is_refused(command: CliRunner) -> None:
+    result = call(command, "recipe.yaml", *PIQA, "--seed", str(2**32))
+    assert result.exit_code == 2
+    assert "4294967295" in result.output
+
+
 def test_without_the_extra_it_is_said_how_to_get_it(command: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

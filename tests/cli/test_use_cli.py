@@ -108,7 +108,15 @@ def test_serve_refuses_what_it_cannot_serve(longlora: Callable[..., Result], mod
                 continue
             busy = longlora(verb, str(model), "--port", port)
             assert busy.returncode == 2
-            assert f"longlora: cannot listen on 127.0.0.1 port {port} (" in busy.stderr
+            assert busy.stderr.startswith(f"longlora: cannot listen on 127.0.0.1 port {port} (")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_out_of_range_is_refused_before_the_model_is_loaded(longlora: Callable[..., Result], seed: str) -> None:
+    Path("a.txt").write_text("It was April.")
+    result = longlora("ask", "./nowhere", "a.txt", "Why?", "--seed", seed)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"longlora: seed {seed} is not from 0 to 2**63 - 1: 0 is usual"
 
 
 def test_missing_packages_and_open_addresses_are_said(

@@ -25,7 +25,8 @@ from longlora.training.distributed import read_ranks
 from longlora.training.failures import report
 
 _INTERRUPTED = 130
-_OUR_FAULT_NOT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_UNFIT_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,13 +76,11 @@ def main() -> None:
         )
         _fail(message, _INTERRUPTED, stopped)
     except OSError as error:
-        if error.errno not in _OUR_FAULT_NOT:
+        line = _fault_of_the_place(error)
+        if line is None:
             _report_bug(error)
             raise
-        place = f" {error.filename}" if error.filename else ""
-        if is_disk_full(error):
-            _fail(f"cannot write{place}: {error.strerror}; free space or choose another run_dir", 2, error)
-        _fail(f"no access to{place}: {error.strerror}; check its permissions or choose another run_dir", 2, error)
+        _fail(line, 2, error)
     except Exception as error:
         _report_bug(error)
         raise
@@ -94,6 +93,18 @@ def _require_verb_for_several() -> None:
         raise RecipeError(
             f"`longlora {verb}` runs in one process and was started in {world}: call it without a launcher"
         )
+
+
+def _fault_of_the_place(error: OSError) -> str | None:
+    """What a person can do about a disk or a path; None where the fault may be ours."""
+    place = f" {error.filename}" if error.filename else ""
+    if is_disk_full(error):
+        return f"cannot write{place}: {error.strerror}; free space or choose another run_dir"
+    if error.errno in _NO_ACCESS:
+        return f"no access to{place}: {error.strerror}; check its permissions or choose another run_dir"
+    if error.errno in _UNFIT_PATH:
+        return f"cannot use{place}: {error.strerror}; choose another run_dir or output"
+    return None
 
 
 def _report_bug(error: Exception) -> None:

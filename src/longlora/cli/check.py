@@ -119,4 +119,4 @@ def _draw(out: Console, model: PreTrainedModel, settings: ProbeSettings, picture
 
     heads = head_weights(model, settings)
     write_atomic(picture, draw_heads(heads))
-    out.print(f"drawn: {'; '.join(head.title for head in heads)}: {picture}", highlight=False)
+    out.print(f"drawn: {'; '.join(head.title for head in heads)}: {picture}", highlight=False, markup=False)

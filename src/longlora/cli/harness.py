@@ -51,7 +51,7 @@ def harness(
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Datasets may come from the Hub.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts side by side.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Choice of examples; 1234 is lm-eval's own.")] = 1234,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Choice of examples; 1234 is lm-eval's own.")] = 1234,
     samples: Annotated[bool, typer.Option("--samples", help="Write every answer as well.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file instead of the one in the run folder.")] = None,
 ) -> None:
@@ -146,7 +146,8 @@ def _measure(
     contexts = contexts_of(recipe, load_config(recipe.model))
     covered = contexts.covered(variant)
     length = max_length or covered
-    out.print(f"{variant}: {', '.join(task.task_name for task in tasks)} up to {length} tokens", highlight=False)
+    names = ", ".join(task.task_name for task in tasks)
+    out.print(f"{variant}: {names} up to {length} tokens", highlight=False, markup=False)
     if length > covered:
         out.print(f"{variant}: RoPE covers {covered} tokens only, less than --max-length {length}", highlight=False)
     loaded = load_variant(recipe, run, variant).to(device_for_run())
@@ -172,7 +173,7 @@ def _write(path: Path, found: dict[str, Any], result: HarnessResult, samples: bo
     measured = {row["task"] for row in result.rows}
     content["rows"] = [row for row in before if row["task"] not in measured] + result.rows
     write_json(path, content)
-    out.print(f"rows: {path}", highlight=False)
+    out.print(f"rows: {path}", highlight=False, markup=False)
 
 
 def _comparable_rows(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:

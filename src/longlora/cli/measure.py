@@ -50,7 +50,7 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> Non
     from longlora.evaluation.run import evaluate as run_evaluation
 
     for path in run_evaluation(resolved, console()):
-        console().print(f"rows: {path}", highlight=False)
+        console().print(f"rows: {path}", highlight=False, markup=False)
 
 
 def evaluate_model(
@@ -123,4 +123,4 @@ def write_and_print(runs: list[RunFolder], folder: Path, out: Console) -> None:
         of_run = f"{verdict.run}: " if len(runs) > 1 else ""
         line = escape(f"{of_run}{verdict.claim}: {'; '.join(verdict.numbers)}")
         out.print(f"[{colour}]{verdict.status}[/{colour}] {line}", highlight=False, soft_wrap=True)
-    out.print(f"report: {RunFolder(folder).report_html}", highlight=False, soft_wrap=True)
+    out.print(f"report: {RunFolder(folder).report_html}", highlight=False, markup=False, soft_wrap=True)

@@ -40,5 +40,6 @@ def save_recipe(recipe: Recipe) -> None:
 
 def console() -> Console:
     """Where results are printed: stdout, without colours or bars when it is no terminal; of several processes, one."""
-    # A log file has no width: lines there must not be broken at 80 columns.
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140, quiet=not read_ranks().is_main)
+    # A log file has no width: lines there must not be broken at 80 columns. A document may be called a.jsonl:100: .
+    width = None if sys.stdout.isatty() else 140
+    return Console(soft_wrap=True, width=width, emoji=False, quiet=not read_ranks().is_main)

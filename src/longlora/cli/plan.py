@@ -63,7 +63,7 @@ def plan(
     if resolved.memory == "auto" and not fit:
         settled = settle_memory(resolved, config, machine)
         resolved = settled.recipe
-        say.print(settled.line, highlight=False)
+        say.print(settled.line, highlight=False, markup=False)
     if machine.present:
         say.print("measuring this machine on a few layers of the model ...", highlight=False)
         machine = calibrate(config, resolved, machine)

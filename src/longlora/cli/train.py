@@ -59,7 +59,7 @@ def merge(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     run = RunFolder(resolved.run_path)
     from longlora.model.merge import merge_run
 
-    console().print(merge_run(run, resolved.adapter.method), highlight=False)
+    console().print(merge_run(run, resolved.adapter.method), highlight=False, markup=False)
 
 
 def _goes_on(run: RunFolder, recipe: Path, overrides: list[str] | None) -> bool:
@@ -70,7 +70,7 @@ def _goes_on(run: RunFolder, recipe: Path, overrides: list[str] | None) -> bool:
     from longlora.training.checkpoint import has_checkpoint
 
     if run.trained.exists():
-        console().print(f"finished before: {run.trained}", highlight=False)
+        console().print(f"finished before: {run.trained}", highlight=False, markup=False)
         return True
     if has_checkpoint(run.checkpoints):
         resume(recipe, overrides)
@@ -80,4 +80,4 @@ def _goes_on(run: RunFolder, recipe: Path, overrides: list[str] | None) -> bool:
 
 def _say(folder: Path) -> None:
     """adapter: PATH, or merged: PATH."""
-    console().print(f"{folder.name}: {folder}", highlight=False)
+    console().print(f"{folder.name}: {folder}", highlight=False, markup=False)

@@ -105,8 +105,9 @@ def chat(
 
 def serve(model: ServedArgument, host: Host = LOOPBACK, port: Port = 8000) -> None:
     """Serve a merged model over an OpenAI-compatible API, by transformers' own server."""
-    from longlora.inference.address import warning
+    from longlora.inference.address import require_free, warning
 
+    require_free(host, port)
     if Path(model).exists():
         # A request may name any model; nothing is to be downloaded for one.
         os.environ["HF_HUB_OFFLINE"] = "1"

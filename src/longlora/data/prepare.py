@@ -93,6 +93,7 @@ def _write(
         f"{name}: {len(shard):,} {noun}, {len(shard.tokens):,} tokens{learned}, longest {max(shard.lengths):,}; "
         f"{summary}",
         highlight=False,
+        markup=False,
     )
 
 
