@@ -8,7 +8,7 @@ VARIANTS = {
     "a": "Trainer, PEFT LoRA, full attention",
     "b": "the same with the paper's Algorithm 1, groups of T/4",
     "c": "longlora, groups of T/4",
-    "d": "longlora, groups of 2,048 and 4 sink tokens",
+    "d": "longlora, groups of 2,048, 4 sinks, compiled norms",
 }
 _WAYS = ("full", "Algorithm 1", "ours, 0 sinks", "ours, 4 sinks", "floor")
 
