@@ -102,6 +102,10 @@ def test_rows_of_other_tasks_stay_only_beside_the_same_settings(command: CliRunn
     arguments = ("--tasks", "arc_easy", "--data", "arc_easy=arc.jsonl", "--variant", "base")
     assert call(command, "recipe.yaml", *arguments).exit_code == 0
     assert tasks() == {"piqa", "arc_easy"}
+    assert call(command, "recipe.yaml", *arguments, "model.dtype=bfloat16").exit_code == 0
+    assert tasks() == {"arc_easy"}, "the other row was measured in float32"
+    assert call(command, "recipe.yaml", *PIQA, "--variant", "base", "model.dtype=bfloat16").exit_code == 0
+    assert tasks() == {"piqa", "arc_easy"}
     assert call(command, "recipe.yaml", *PIQA, "--variant", "base", "--limit", "1").exit_code == 0
     assert tasks() == {"piqa"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import llama_config, save_tiny_model, stir
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from tiny import llama_config, save_tiny_model, stir, word_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from longlora.artifacts import write_manifest
 from longlora.config import AdapterConfig, AttentionConfig, ModelConfig
@@ -62,10 +62,17 @@ def test_all_linear_and_named_targets() -> None:
         add_adapter(LlamaForCausalLM(llama_config()), AdapterConfig(target_modules=["nothing"]))
 
 
-def trained_adapter(source: Path, folder: Path, dtype: str = "float32", scale: float = 0.05) -> torch.Tensor:
+def trained_adapter(
+    source: Path,
+    folder: Path,
+    dtype: str = "float32",
+    scale: float = 0.05,
+    rope_type: str = "linear",
+    chat_template: str | None = None,
+) -> torch.Tensor:
     """An adapter with random values in everything trained; returns its logits on `probe`."""
     model_config = ModelConfig(name_or_path=str(source))
-    config, change = rescale_rope(load_config(model_config), 256, "linear")
+    config, change = rescale_rope(load_config(model_config), 256, rope_type)
     base = load_model(model_config, config, dtype=torch.float32)
     fingerprint = weights_fingerprint(base)
     model = add_adapter(base, AdapterConfig())
@@ -75,7 +82,7 @@ def trained_adapter(source: Path, folder: Path, dtype: str = "float32", scale: f
     sha = tokenizer_hash(load_tokenizer(model_config))
     sidecar = Sidecar(
         str(source), None, dtype, change.original_context_length, change.context_length, config.rope_parameters,
-        AttentionConfig().model_dump(), sha, fingerprint,
+        AttentionConfig().model_dump(), sha, fingerprint, chat_template,
     )  # fmt: skip
     write_sidecar(folder, sidecar)
     write_manifest(folder, schema=1, step=1)
@@ -116,6 +123,35 @@ def test_trained_reloaded_and_merged_agree_and_differ_from_base(tmp_path: Path, 
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert ("lm_head.weight" in stored) is not tied
     assert not list((tmp_path / "merged").glob("*.bin"))
+
+
+def test_a_model_whose_config_leaves_the_head_size_open_is_merged(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    assert config.head_dim is None
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    trained = trained_adapter(tmp_path / "base", tmp_path / "adapter", rope_type="yarn")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(plain), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_a_generation_config_that_contradicts_itself_is_kept_and_gets_the_end_of_answers(tmp_path: Path) -> None:
+    """As some bases are published: a temperature without sampling, which transformers writes back only unchanged."""
+    source = save_tiny_model(tmp_path / "base")
+    generation = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
+    (source / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    trained_adapter(source, tmp_path / "adapter", chat_template=template)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    saved = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.9
+    assert saved["eos_token_id"] == [1, 2]
+    assert merged_model(tmp_path / "adapter").generation_config.eos_token_id == [1, 2]
 
 
 def test_bfloat16_merge_is_verified_against_rounding(tmp_path: Path) -> None:
@@ -174,6 +210,8 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     write_manifest(tmp_path / "adapter", schema=1, step=1)
     with pytest.raises(LongLoraError, match="tokenizer of .* changed since training"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(LongLoraError, match="tokenizer of .* changed since training"):
+        merged_model(tmp_path / "adapter")
 
 
 def test_check_merge_on_a_whole_model(tiny_model_folder: Path) -> None:

@@ -164,8 +164,12 @@ def test_a_scaling_that_the_architecture_does_not_take_is_refused_before_trainin
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
-    with pytest.raises(LongLoraError, match="'phi3' does not take rope_type 'yarn'"):
+    with pytest.raises(
+        LongLoraError, match=r"'phi3' does not take rope_type 'yarn' \(.*\): set context.rope_type=theta$"
+    ):
         rescale_rope(config, 128, "yarn")
+    extended, _ = rescale_rope(config, 128, "theta")
+    assert extended.rope_parameters["rope_theta"] > config.rope_parameters["rope_theta"]
 
 
 def test_a_config_that_leaves_the_head_size_open() -> None:
@@ -175,6 +179,29 @@ def test_a_config_that_leaves_the_head_size_open() -> None:
     )  # fmt: skip
     extended, _ = rescale_rope(config, 128)
     assert_rope_applied(MixtralForCausalLM(extended), extended)
+
+
+def test_layer_types_that_are_not_known_are_named() -> None:
+    config = llama_config()
+    config.rope_parameters = {"sliding_attention": dict(config.rope_parameters), "full_attention": None}
+    with pytest.raises(LongLoraError, match="has no rotary position embeddings to rescale"):
+        rescale_rope(config, 128)
+    config.rope_parameters = {"hybrid": {"rope_theta": 1e4}, "hybrid_sliding": {"rope_theta": 1e4}}
+    with pytest.raises(LongLoraError, match="layers of kind hybrid, hybrid_sliding, and longlora rescales"):
+        rescale_rope(config, 128)
+
+
+def test_instructions_within_a_linear_scaling_leave_a_config_that_says_its_context() -> None:
+    config = llama_config()
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    recipe = build_recipe({
+        "run_dir": "run", "model": {"name_or_path": "m", "original_context_length": 64},
+        "context": {"context_length": 64}, "attention": {"group_size": 16}, "data": {"kind": "instruct"},
+    })  # fmt: skip
+    same, change = rescale_for(recipe, config)
+    assert current_context(same) == change.context_length == 64
+    assert same.rope_parameters == config.rope_parameters | {"original_max_position_embeddings": 16}
+    assert_rope_applied(LlamaForCausalLM(config), same)
 
 
 def test_a_config_changed_after_the_model_was_built_is_noticed() -> None:

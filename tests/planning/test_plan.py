@@ -12,7 +12,7 @@ from planning_cases import PAPER, llama_2_7b, recipe, small
 from tiny import llama_config
 
 from longlora.config import dump_recipe
-from longlora.errors import PlanError
+from longlora.errors import PlanError, UnsupportedModelError
 from longlora.planning import calibrate as calibration
 from longlora.planning.calibrate import calibrate
 from longlora.planning.flops import step_flops
@@ -46,6 +46,27 @@ def test_a_plan_goes_to_json_and_back() -> None:
     assert made.rope_after["factor"] == 8
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.hours = 0  # type: ignore[misc]
+
+
+def test_layers_whose_window_is_the_old_context_are_refused_as_training_refuses_them() -> None:
+    """Within the old context such a window hides nothing; in the new one it does."""
+    config = small("mistral", sliding_window=128)
+    assert config.max_position_embeddings == 128
+    with pytest.raises(UnsupportedModelError, match="all layers of model type 'mistral' have a window"):
+        plan_run(recipe(1024), config, gpu("l4"))
+
+
+@pytest.mark.parametrize(("ratio", "sinks"), [(1 / 64, 64), (0.001, 4)])
+def test_groups_that_are_a_small_part_of_a_long_context_are_planned(ratio: float, sinks: int) -> None:
+    """Rehearsed at some thousand tokens, of which that part has no room for the sink tokens."""
+    changes = {"attention.group_size": None, "attention.group_size_ratio": ratio, "attention.sink_tokens": sinks}
+    settings = recipe(131072, **changes)
+    peak = peak_memory(small(), settings, outline(small(), settings), gpu("l4")).peak
+    fixed = recipe(
+        131072,
+        **{"attention.group_size": settings.attention.resolve_group_size(131072), "attention.sink_tokens": sinks},
+    )
+    assert peak == pytest.approx(peak_memory(small(), fixed, outline(small(), fixed), gpu("l4")).peak, rel=0.1)
 
 
 def test_the_final_phase_with_full_attention_costs_more() -> None:

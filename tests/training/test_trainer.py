@@ -95,7 +95,23 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path, tiny
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, resumed[name]), name
-    assert [row["step"] for row in rows(stopped)] == [1, 2, 3, 4, 5, 6]
+    found = rows(stopped)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    seconds = [row["seconds"] for row in found]
+    assert seconds == sorted(seconds), "those of the process before count"
+
+
+def test_the_last_step_has_a_row_whatever_the_distance_of_rows(tmp_path: Path, tiny_model_folder: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model_folder, steps=3, logging_steps=2)
+    train(recipe, QUIET)
+    assert [row["step"] for row in rows(recipe)] == [2, 3]
+    shutil.rmtree(RunFolder(recipe.run_path).adapter)
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 4})})
+    train(longer, QUIET, resume=True)
+    assert [row["step"] for row in rows(recipe)] == [2, 3, 4]
+    every = make_recipe(tmp_path, tiny_model_folder, "every", steps=3)
+    train(every, QUIET)
+    assert rows(recipe)[1]["loss"] == pytest.approx(rows(every)[2]["loss"])
 
 
 def with_attention(recipe: Recipe, run_dir: Path, **changes: object) -> Recipe:

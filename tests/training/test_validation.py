@@ -18,7 +18,7 @@ from longlora.config import Recipe, build_recipe
 from longlora.data.packing import PackedDataset
 from longlora.data.prepare import prepare_shards
 from longlora.data.shards import open_shard
-from longlora.errors import DataError, ModelError
+from longlora.errors import DataError, ModelError, RunFolderError
 from longlora.evaluation.report.training_log import read_training
 from longlora.evaluation.report.write import write_report
 from longlora.evaluation.run import evaluate
@@ -271,3 +271,21 @@ def test_the_trainer_never_sees_a_cut_example(tmp_path: Path, model: Path) -> No
     spans = [span for row in dataset.sequences for span in row.spans]
     assert sorted(span.document for span in spans) == list(range(len(shard)))
     assert all(span.start == 0 and span.stop == shard.lengths[span.document] for span in spans)
+
+
+def test_instructions_shortened_for_another_context_are_refused(tmp_path: Path, model: Path) -> None:
+    recipe = make_recipe(tmp_path, model)
+    assert open_shard(RunFolder(recipe.run_path).train_shard, None).context_length == 96
+    longer = recipe.model_copy(update={"context": recipe.context.model_copy(update={"context_length": 112})})
+    with pytest.raises(DataError, match="prepared with context.context_length=96, the recipe says 112: run `longlora"):
+        train(longer, QUIET)
+
+
+def test_examples_drawn_with_another_seed_are_refused(tmp_path: Path, model: Path) -> None:
+    recipe = make_recipe(tmp_path, model, instruct={"weights": [0.5]})
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})})
+    with pytest.raises(RunFolderError, match=r"train.seed=1: examples were drawn .* with seed 0 .*: prepare again"):
+        train(other, QUIET, prepared=True)
+    whole = make_recipe(tmp_path, model, run="whole", instruct={"weights": [2]})
+    other = whole.model_copy(update={"train": whole.train.model_copy(update={"seed": 1, "steps": 1})})
+    assert train(other, QUIET, prepared=True).exists()

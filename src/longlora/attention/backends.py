@@ -17,7 +17,9 @@ UNVERIFIED ON HARDWARE: what cards can't do is read from torch's sources and iss
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -32,6 +34,7 @@ from longlora.errors import ModelError
 Backend = Literal["auto", "grouped", "varlen", "flex"]
 
 _log = logging.getLogger(__name__)
+_probing: ContextVar[bool] = ContextVar("probing", default=False)
 
 # torch's flash kernels demand 8.0. torch compiles with Triton from 7.0 on, but bfloat16 from 8.0 on only, and below 8.0
 # FlexAttention has no tiles of its own: the common ones can need more than the 64 KiB of shared memory of a T4.
@@ -135,7 +138,8 @@ def choose_backend(
             )
         return wanted
     chosen: Backend = next(name for name in ("varlen", "flex", "grouped") if not obstacles[name])  # type: ignore[assignment]
-    _log_once(chosen, device.type, _short(dtype))
+    if not _probing.get():
+        _log_once(chosen, device.type, _short(dtype))
     return chosen
 
 
@@ -189,6 +193,16 @@ def _first(*obstacles: tuple[bool, str]) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Choose without a word: what a probe takes, in types of its own, is not what the run takes."""
+    token = _probing.set(True)
+    try:
+        yield
+    finally:
+        _probing.reset(token)
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from longlora.attention.backends import Backend, choose_backend
+from longlora.attention.backends import Backend, choose_backend, unlogged
 from longlora.attention.layers import Shift
 from longlora.attention.registry import S2_ATTENTION, s2_attention_forward, use_full, use_s2
 
@@ -56,7 +56,8 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
-        yield
+        with unlogged():
+            yield
     finally:
         use_full(model)
         for module, training in modes:

@@ -69,10 +69,7 @@ def _training(run: RunFolder) -> TrainingFacts | None:
     if not rows:
         return None
     first, last = rows[0], rows[-1]
-    # Seconds begin again with every process: the last of each counts.
-    times = [row.seconds for row in rows if row.seconds is not None]
-    ends = [time for time, after in zip(times, [*times[1:], 0.0], strict=True) if after <= time] if times else []
-    return TrainingFacts(last.step, first.loss, last.loss, last.tokens, sum(ends) if ends else None)
+    return TrainingFacts(last.step, first.loss, last.loss, last.tokens, last.seconds)
 
 
 def _evaluation(run: RunFolder) -> str | None:

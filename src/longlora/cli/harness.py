@@ -177,10 +177,12 @@ def _write(path: Path, found: dict[str, Any], result: HarnessResult, samples: bo
 
 
 def _comparable_rows(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier call with the same weights and settings; none where they cannot stand side by side."""
+    """The rows of an earlier call with the same model and settings; none where they cannot stand side by side."""
+    from longlora.evaluation.variants import SAME_MODEL
+
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        same = before["weights"] == content["weights"] and all(
+        same = all(before[key] == content[key] for key in SAME_MODEL) and all(
             before["settings"][key] == value
             for key, value in content["settings"].items()
             if key not in ("tasks", "data", "batch_size")

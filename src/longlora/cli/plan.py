@@ -48,6 +48,7 @@ def plan(
         raise PlanError(f"--gpus {gpus} needs --gpu, for example --gpu a100-80g")
     from longlora.model.build import device_for_run, load_config
     from longlora.model.levers import check_levers
+    from longlora.model.rope import rescale_for
     from longlora.planning import machines
     from longlora.planning.calibrate import calibrate
     from longlora.planning.plan import plan_run, require_fits
@@ -60,13 +61,14 @@ def plan(
     say = Console(stderr=True)
     if machine.present:
         check_levers(resolved, device_for_run())
+    extended, _ = rescale_for(resolved, config)
     if resolved.memory == "auto" and not fit:
-        settled = settle_memory(resolved, config, machine)
+        settled = settle_memory(resolved, extended, machine)
         resolved = settled.recipe
         say.print(settled.line, highlight=False, markup=False)
     if machine.present:
         say.print("measuring this machine on a few layers of the model ...", highlight=False)
-        machine = calibrate(config, resolved, machine)
+        machine = calibrate(extended, resolved, machine)
     made = plan_run(resolved, config, machine, price_per_hour=price, fit=fit)
     if as_json:
         typer.echo(made.to_json())

@@ -32,6 +32,8 @@ def check_facts(folder: Path, manifest: dict[str, Any]) -> None:
     for key in ("tokenizer_hash", "chat_template"):
         if not isinstance(manifest.get(key), str | None):
             raise damaged(folder, f"{key} in its manifest is {type(manifest[key]).__name__}, not text")
+    if type(context := manifest.get("context_length")) not in (int, type(None)):
+        raise damaged(folder, f"context_length in its manifest is {type(context).__name__}, not a whole number")
     if manifest.get("kind") == "instruct" and LOSS_MASK not in manifest["files"]:
         raise damaged(folder, f"it holds instructions, and its manifest names no {LOSS_MASK}")
 

@@ -54,6 +54,8 @@ class TokenShard:
     """[total tokens], read-only memory map, 1 where a token is to be predicted; None means all of them."""
     chat_template: str | None = None
     """The template that instructions were written with; None for texts."""
+    context_length: int | None = None
+    """Tokens that instructions were shortened to where they were longer; None for texts."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -196,7 +198,8 @@ def open_shard(folder: Path, tokenizer_hash: str | None, vocabulary: int | None 
     check_tokens(folder, tokens, vocabulary)
     mask = map_mask(folder, manifest["files"], len(tokens))
     names = tuple(manifest["names"])
-    return TokenShard(folder, tokens, offsets, names, str(prepared_with), mask, manifest.get("chat_template"))
+    facts = (manifest.get("chat_template"), manifest.get("context_length"))
+    return TokenShard(folder, tokens, offsets, names, str(prepared_with), mask, *facts)
 
 
 def _write_tokens(folder: Path, rows: Iterable[TokenRow]) -> tuple[list[str], NDArray[np.int64]]:

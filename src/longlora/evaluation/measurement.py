@@ -24,13 +24,12 @@ from longlora.evaluation.reading.answering import Answered, PromptReader, Work
 from longlora.evaluation.reading.stream import Reading, read
 from longlora.evaluation.retrieval.prompt import Prompt
 from longlora.evaluation.samples import Samples, key_of
-from longlora.evaluation.variants import environment
+from longlora.evaluation.variants import SAME_MODEL, environment
 from longlora.memory.limit import peak_bytes
 from longlora.model.build import tokenizer_hash
 from longlora.model.end_tokens import end_tokens
 from longlora.model.head import output_head
 
-_SAME_MODEL = ("weights", "rope_parameters", "attention", "dtype")
 _LISTS = ("perplexity", "positions", "longppl", "retrieval")
 
 
@@ -138,7 +137,7 @@ class Measurement:
             return [KeyDocument(**samples[key]) for key in keys]
 
     def _samples(self) -> Samples:
-        return Samples(self._path, {name: self._environment[name] for name in _SAME_MODEL})
+        return Samples(self._path, {name: self._environment[name] for name in SAME_MODEL})
 
     def _progress(self, total: float) -> CostProgress:
         return CostProgress(self._console, self._name, total)

@@ -102,6 +102,10 @@ def require_variants(recipe: Recipe, run: RunFolder) -> None:
         )
 
 
+SAME_MODEL = ("weights", "rope_parameters", "attention", "dtype")
+"""Keys of `environment` that must agree where rows of two measurements stand side by side."""
+
+
 def environment(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     """What a reader needs to measure the same again, as it stands in every file of rows."""
     return {

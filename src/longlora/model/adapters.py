@@ -122,6 +122,8 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise ModelError(f"adapter {folder} cannot be loaded ({error}): train again or restore the folder") from error
 

@@ -27,6 +27,8 @@ from longlora.config import ModelConfig
 from longlora.errors import ModelError
 from longlora.model.rope import assert_rope_applied
 
+_WITHOUT_CODE = "where transformers knows its type, delete auto_map from a local copy's JSON files"
+
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
     """The model's config; remote code is refused.
@@ -40,7 +42,9 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     except Exception as error:
         raise ModelError(f"model {source!r} cannot be read ({_first_line(error)}): {_remedy(source)}") from error
     if getattr(config, "auto_map", None):
-        raise ModelError(f"model {source!r} brings its own code (auto_map), which longlora does not run")
+        raise ModelError(
+            f"model {source!r} brings its own code (auto_map), which longlora does not run: {_WITHOUT_CODE}"
+        )
     return config
 
 
@@ -123,7 +127,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise ModelError(f"tokenizer of {source!r} cannot be read ({_first_line(error)}): {_remedy(source)}") from error
     if tokenizer is None:
-        raise ModelError(f"the tokenizer of {source!r} brings its own code (auto_map), which longlora does not run")
+        raise ModelError(
+            f"the tokenizer of {source!r} brings its own code (auto_map), which longlora does not run: {_WITHOUT_CODE}"
+        )
     return tokenizer
 
 

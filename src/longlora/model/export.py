@@ -20,7 +20,7 @@ from longlora.errors import ModelError, RunFolderError
 from longlora.model.build import load_tokenizer
 from longlora.model.card import TrainingFacts, model_card
 from longlora.model.card_facts import CARD, read_card_facts
-from longlora.model.end_tokens import with_end
+from longlora.model.end_tokens import end_answers
 from longlora.model.gguf_export import Converter, GgufFacts, write_gguf
 from longlora.model.merge import already_whole, merge_adapter
 from longlora.model.read_back import ReadBack, read_back
@@ -94,7 +94,7 @@ def export_run(
         model = read_back(folder, sidecar)
         tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder)))
         if sidecar.chat_template is not None:
-            _end_answers(folder, answer_end(tokenizer))
+            end_answers(folder, answer_end(tokenizer))
         facts = read_card_facts(
             run,
             recipe,
@@ -163,14 +163,6 @@ def _rewrite_configs(folder: Path, *, legacy_rope: bool) -> None:
         if legacy_rope and path.name == _CONFIG:
             values |= legacy_rope_keys(values)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _end_answers(folder: Path, token: int | None) -> None:
-    """Let generation end where an answer did in training; the base model may only know the end of a text."""
-    path = folder / _GENERATION
-    values = read_json(path, "remove merged/ and run `longlora merge` again") if path.exists() else {}
-    if ends := with_end(values.get("eos_token_id"), token):
-        path.write_text(json.dumps(values | {"eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
 
 
 def legacy_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:

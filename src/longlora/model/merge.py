@@ -22,7 +22,7 @@ from longlora.errors import ModelError, RunFolderError
 from longlora.model.adapter_files import require_own_adapter
 from longlora.model.adapters import load_adapter
 from longlora.model.build import load_config, load_model, load_tokenizer, tokenizer_hash, weights_fingerprint
-from longlora.model.end_tokens import with_end
+from longlora.model.end_tokens import end_answers, with_end
 from longlora.model.serving import answer_end
 from longlora.model.sidecar import Sidecar, read_sidecar, write_sidecar
 from longlora.model.trainable import TrainedModel, base_of, copy_weights
@@ -132,11 +132,6 @@ def _write_checked(sidecar: Sidecar, train: Callable[[PreTrainedModel], TrainedM
     """
     source = _source(sidecar)
     tokenizer = tokenizer_of(sidecar)
-    if tokenizer_hash(tokenizer) != sidecar.tokenizer_sha256:
-        raise ModelError(
-            f"the tokenizer of {source.name_or_path} changed since training "
-            f"({tokenizer_hash(tokenizer)[:12]}, was {sidecar.tokenizer_sha256[:12]}): restore the base model"
-        )
     base = _base_in_float32(source, sidecar)
     width = getattr(torch, sidecar.dtype).itemsize
     require_free_space(folder.parent, width * sum(p.numel() for p in base.parameters()), "the merged model")
@@ -149,8 +144,9 @@ def _write_checked(sidecar: Sidecar, train: Callable[[PreTrainedModel], TrainedM
     _require_close(trained_logits, merged_logits)
 
     _round_weights(merged, getattr(torch, sidecar.dtype))
-    _end_answers(merged, sidecar, tokenizer)
     merged.save_pretrained(folder)
+    if sidecar.chat_template is not None:
+        end_answers(folder, answer_end(tokenizer))
     tokenizer.model_max_length = sidecar.context_length
     tokenizer.save_pretrained(folder)
     _round_weights(merged, torch.float32)
@@ -173,11 +169,13 @@ def _write_checked(sidecar: Sidecar, train: Callable[[PreTrainedModel], TrainedM
 def merged_model(adapter: Path) -> PreTrainedModel:
     """The merge in memory, in the data type of the run, full attention, evaluation mode."""
     sidecar = _verified_sidecar(adapter)
-    source = _source(sidecar)
+    source, tokenizer = _source(sidecar), tokenizer_of(sidecar)
     base = _base_in_float32(source, sidecar)
     merged = _merged(load_adapter(base, str(adapter)))
     _round_weights(merged, getattr(torch, sidecar.dtype))
-    _end_answers(merged, sidecar, tokenizer_of(sidecar))
+    ends = merged.generation_config.eos_token_id
+    if sidecar.chat_template is not None and (more := with_end(ends, answer_end(tokenizer))):
+        merged.generation_config.eos_token_id = more
     return merged.eval()
 
 
@@ -185,18 +183,17 @@ def tokenizer_of(sidecar: Sidecar) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with the chat template that instructions were trained in.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or changed since training.
     """
-    tokenizer = load_tokenizer(_source(sidecar))
+    source = _source(sidecar)
+    tokenizer = load_tokenizer(source)
+    if (found := tokenizer_hash(tokenizer)) != sidecar.tokenizer_sha256:
+        raise ModelError(
+            f"the tokenizer of {source.name_or_path} changed since training ({found[:12]}, was "
+            f"{sidecar.tokenizer_sha256[:12]}): restore the base model"
+        )
     tokenizer.chat_template = sidecar.chat_template or tokenizer.chat_template
     return tokenizer
-
-
-def _end_answers(model: PreTrainedModel, sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let generation end where an answer did in training: the base model may only know the end of a text."""
-    config = model.generation_config
-    if sidecar.chat_template is not None and (ends := with_end(config.eos_token_id, answer_end(tokenizer))):
-        config.eos_token_id = ends
 
 
 def _round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

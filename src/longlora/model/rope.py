@@ -78,17 +78,36 @@ def rescale_rope(
             f"give at least {ratio:g} or null"
         )
     after = _scaled(config, before, rope_type, rope_factor or ratio, original)
-    extended = copy.deepcopy(config)
-    extended.rope_parameters = _replace_global(config.rope_parameters, after)
-    extended.max_position_embeddings = context_length
-    if getattr(extended, "head_dim", 0) is None:  # left open by some configs, and missed by transformers' own functions
-        extended.head_dim = config.hidden_size // config.num_attention_heads
+    extended = with_rope(config, _replace_global(config.rope_parameters, after), context_length)
     try:
         type(config).from_dict(extended.to_dict())
     except Exception as error:
-        reason = one_line(error)
-        raise ModelError(f"model type {config.model_type!r} does not take rope_type {rope_type!r}: {reason}") from error
+        raise ModelError(
+            f"model type {config.model_type!r} does not take rope_type {rope_type!r} ({one_line(error)}): "
+            f"{_other_type(config, before, rope_factor or ratio, context_length)}"
+        ) from error
     return extended, RopeChange(original, context_length, before, after)
+
+
+def with_rope(config: PreTrainedConfig, parameters: dict[str, Any], context_length: int) -> PreTrainedConfig:
+    """A copy of `config` with these `rope_parameters` (of all layer types) and a context of so many tokens."""
+    changed = copy.deepcopy(config)
+    changed.rope_parameters = copy.deepcopy(parameters)
+    changed.max_position_embeddings = context_length
+    if getattr(changed, "head_dim", 0) is None:  # left open by some configs, and missed by transformers' own functions
+        changed.head_dim = config.hidden_size // config.num_attention_heads
+    return changed
+
+
+def _other_type(config: PreTrainedConfig, before: dict[str, Any], ratio: float, context_length: int) -> str:
+    """What to do about a model type that validates its RoPE and refuses the scaling asked for."""
+    after = _scaled(config, before, "theta", ratio, context_length)
+    changed = with_rope(config, _replace_global(config.rope_parameters, after), context_length)
+    try:
+        type(config).from_dict(changed.to_dict())
+    except Exception:
+        return "its RoPE cannot be rescaled by any way that longlora knows"
+    return "set context.rope_type=theta"
 
 
 def rescale_for(recipe: Recipe, config: PreTrainedConfig) -> tuple[PreTrainedConfig, RopeChange]:
@@ -111,20 +130,29 @@ def _unchanged(recipe: Recipe, config: PreTrainedConfig, original: int) -> tuple
             f"{recipe.context.context_length} is within the model's {original} tokens, so RoPE stays as it is; set "
             "context.rope_factor=null"
         )
-    same = copy.deepcopy(config)
-    same.max_position_embeddings = original
-    before = rope_parameters(config)
-    return same, RopeChange(original, original, before, before)
+    before, after = rope_parameters(config), rope_parameters(config)
+    factor = after.get("factor") or 1.0
+    if factor != 1.0 and not after.get("original_max_position_embeddings"):
+        # Changes no frequency; without it nobody can tell from the result's config which context it gives.
+        after["original_max_position_embeddings"] = math.ceil(original / factor)
+    same = with_rope(config, _replace_global(config.rope_parameters, after), original)
+    return same, RopeChange(original, original, before, after)
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
     """RoPE of the full-attention layers; `ModelError` for a model without RoPE, or whose numbers are none."""
     parameters = getattr(config, "rope_parameters", None)
+    # Models that mix windows keep one set per layer type; only full-attention layers see the longer context.
+    if parameters and "full_attention" in parameters:
+        parameters = parameters["full_attention"]
     if not parameters:
         raise ModelError(f"model type {config.model_type!r} has no rotary position embeddings to rescale")
-    # Models that mix windows keep one set per layer type; only full-attention layers see the longer context.
-    if "full_attention" in parameters:
-        parameters = parameters["full_attention"]
+    kinds = [key for key, value in parameters.items() if isinstance(value, dict)]
+    if kinds and "rope_theta" not in parameters:
+        raise ModelError(
+            f"model type {config.model_type!r} has RoPE for layers of kind {', '.join(kinds)}, and longlora rescales "
+            "that of full_attention only"
+        )
     for name in _NUMBERS:
         value = parameters.get(name)
         if value is None and name != "rope_theta":  # as transformers reads it: not given

@@ -7,7 +7,6 @@ for what its own config does not tell.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ from transformers import PreTrainedConfig
 from longlora.artifacts import SIDECAR, read_json, write_json
 from longlora.config import AttentionConfig, Recipe
 from longlora.errors import RunFolderError
-from longlora.model.rope import RopeChange
+from longlora.model.rope import RopeChange, with_rope
 from longlora.storage import without_home
 
 _SCHEMA = 1
@@ -74,10 +73,7 @@ class Sidecar:
 
     def apply(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """A copy of the base model's `config` with the RoPE and context the adapter was trained for."""
-        extended = copy.deepcopy(config)
-        extended.rope_parameters = copy.deepcopy(self.rope_parameters)
-        extended.max_position_embeddings = self.context_length
-        return extended
+        return with_rope(config, self.rope_parameters, self.context_length)
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> None:

@@ -55,10 +55,10 @@ def levers(recipe: Recipe, *, cuda: bool) -> list[Lever]:
     for tile in _TILES:
         coarser = train.mlp_tile_tokens is None or train.mlp_tile_tokens > tile
         add(coarser, {"train.mlp_tile_tokens": tile}, "temporary", "saved_activations")
+    add(cuda and not train.activation_offload, {"train.activation_offload": True}, "saved_activations")
     # Its states cannot be divided among devices, and there is little left of them where they are.
     whole = recipe.parallel.shard == "none"
     add(cuda and whole and train.optimizer == "adamw", {"train.optimizer": "adamw_8bit"}, "optimizer")
-    add(cuda and not train.activation_offload, {"train.activation_offload": True}, "saved_activations")
     full = recipe.adapter.method == "full"  # no weight is frozen then
     add(cuda and not full and recipe.model.quantization == "none", {"model.quantization": "nf4"}, "frozen_weights")
     if recipe.model.dtype == "float32":

@@ -157,7 +157,7 @@ def plan_run(
     """
     mesh = mesh_of(recipe, machine)
     require_whole_groups(recipe)
-    _, change = rescale_for(recipe, config)
+    config, change = rescale_for(recipe, config)  # which layers have windows depends on the context that it names
     model = outline(config, recipe)
     context, train = recipe.context.context_length, recipe.train
     sequences = train.micro_batch_size * train.grad_accum_steps

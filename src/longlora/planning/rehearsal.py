@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 
 from longlora.attention.lazy_mask import whole_rows
 from longlora.config import Recipe
+from longlora.config.sections import even_above
 from longlora.errors import ModelError
 from longlora.memory.chunked_loss import chunked_loss
 from longlora.model.adapters import cast_to_compute_dtype
@@ -69,8 +70,18 @@ def rehearse_line(config: PreTrainedConfig, recipe: Recipe, anchor: int | None =
     """One micro batch at `anchor` tokens (by default such that groups and chunks are full) and at twice as many."""
     shorter = anchor or _anchor(recipe)
     contexts = (shorter, 2 * shorter)
-    few, more = (_rehearse_layers(config, at_context(recipe, context)) for context in contexts)
+    few, more = (_rehearse_layers(config, _shorter(recipe, context)) for context in contexts)
     return Rehearsal(contexts, (few, more))
+
+
+def _shorter(recipe: Recipe, context_length: int) -> Recipe:
+    """`recipe` at `context_length`; groups that are a small part of it still hold more than the sink tokens."""
+    there = at_context(recipe, context_length)
+    attention, least = there.attention, even_above(there.attention.sink_tokens)
+    if attention.resolve_group_size(context_length) >= least:
+        return there
+    larger = attention.model_copy(update={"group_size": least, "group_size_ratio": None})
+    return there.model_copy(update={"attention": larger})
 
 
 def at_context(recipe: Recipe, context_length: int) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from longlora.duration import clock
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """Writes rows and shows progress. Columns: step, loss (nats per token, of the steps since the last row that were
     taken; null if none was), grad_norm (of the last step; null if it is no number), learning_rate, tokens (seen so
-    far), tokens_per_second and seconds (since this process began to train), skipped_steps and unlabelled_batches (micro
-    batches in which nothing is predicted; both since the last row)."""
+    far), tokens_per_second (of this process), seconds (of training; those of an earlier process up to the row that this
+    one goes on from), skipped_steps and unlabelled_batches (micro batches in which nothing is predicted; both since the
+    last row). The last step of a run has a row whatever `logging_steps` says."""
 
     def __init__(self, path: Path, console: Console) -> None:
         self._path = path
         self._console = console
         self._progress: Progress | None = None
-        self._began = self._first_tokens = 0.0
+        self._began = self._first_tokens = self._seconds_before = 0.0
         self._first_step = 0
         self.step = 0
         """The step that is under way, from 1; 0 before the first."""
@@ -44,7 +44,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         # A fresh run drops the measurement before the first step of an earlier one as well.
-        _keep_rows_until(self._path, state.global_step or -1)
+        self._seconds_before = _keep_rows_until(self._path, state.global_step or -1)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"),
@@ -78,7 +78,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             "learning_rate": logs["learning_rate"],
             "tokens": tokens,
             "tokens_per_second": (tokens - self._first_tokens) / seconds,
-            "seconds": seconds,
+            "seconds": self._seconds_before + seconds,
             "skipped_steps": logs["skipped_steps"],
             "unlabelled_batches": logs["unlabelled_batches"],
         }
@@ -99,6 +99,10 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
                 highlight=False,
             )
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -111,16 +115,17 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             self._progress = None
 
 
-def _keep_rows_until(path: Path, step: int) -> None:
-    """Drop rows that a resumed run will write again."""
+def _keep_rows_until(path: Path, step: int) -> float:
+    """Drop rows that a resumed run will write again; the seconds of training up to the last one that stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if (of := _number(line, "step")) is not None and of <= step]
     write_atomic(path, "".join(f"{line}\n" for line in kept))
+    return max((_number(line, "seconds") or 0.0 for line in kept), default=0.0)
 
 
-def _step_of(line: str) -> float:
+def _number(line: str, key: str) -> float | None:
     try:
-        return float(json.loads(line)["step"])
+        return float(json.loads(line)[key])
     except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while it wrote
-        return math.inf
+        return None

@@ -143,8 +143,17 @@ def _checkpoint(run: RunFolder, recipe: Recipe, console: Console, *, resume: boo
 def _require_prepared(run: RunFolder, recipe: Recipe) -> None:
     if run.train_shard.exists() and not run.recipe.exists():
         raise RunFolderError(f"{recipe.run_dir} was not prepared to its end: run `longlora prepare`")
-    if run.recipe.exists() and load_recipe(run.recipe).data != recipe.data:
+    if not run.recipe.exists():
+        return
+    before = load_recipe(run.recipe)
+    if before.data != recipe.data:
         raise RunFolderError(f"the data section differs from what {recipe.run_dir} was prepared with: prepare again")
+    drawn = any(weight % 1 for weight in recipe.data.instruct.weights or ())
+    if recipe.data.kind == "instruct" and drawn and before.train.seed != recipe.train.seed:
+        raise RunFolderError(
+            f"train.seed={recipe.train.seed}: examples were drawn by data.instruct.weights with seed "
+            f"{before.train.seed} when {recipe.run_dir} was prepared: prepare again"
+        )
 
 
 def _require_same_run(recipe: Recipe, saved: Recipe) -> None:
@@ -204,7 +213,8 @@ def _settle(recipe: Recipe, config: PreTrainedConfig, ranks: Ranks, console: Con
         console.print(settled.line, highlight=False)
     peak = settled.memory.peak if settled.memory else None
     if not machine.cuda and return_freed_memory_if_tight(peak, machine.memory_bytes):
-        console.print("memory is short: what is freed goes back to the system at once, which takes time")
+        why = "memory is short" if peak else "what the run takes is not planned"
+        console.print(f"{why}: what is freed goes back to the system at once, which takes time")
     if settled.memory is not None:
         from_main(ranks, lambda: _require_disk(settled.recipe, config))
     return settled.recipe, settled.memory

@@ -139,6 +139,7 @@ def _load(begun: Start) -> _Loaded:
     tokenizer_sha256 = tokenizer_hash(tokenizer)
     shard = open_shard(run.train_shard, tokenizer_sha256, vocabulary=begun.config.get_text_config().vocab_size)
     _require_kind(shard, recipe)
+    _require_length(shard, recipe)
     weigh = recipe.data.kind == "instruct" and recipe.data.instruct.loss_weighting == "examples"
     dataset = _rows(shard, begun, weigh=weigh)
     base, fingerprint = _base(begun)
@@ -262,6 +263,16 @@ def _require_kind(shard: TokenShard, recipe: Recipe) -> None:
     if found != recipe.data.kind:
         raise DataError(
             f"{shard.folder} was prepared with data.kind={found}, the recipe says {recipe.data.kind}: run "
+            "`longlora prepare` again"
+        )
+
+
+def _require_length(shard: TokenShard, recipe: Recipe) -> None:
+    """Instructions are shortened to the context when they are prepared, and may have been for another one."""
+    prepared, wanted = shard.context_length, recipe.context.context_length
+    if prepared not in (None, wanted):
+        raise DataError(
+            f"{shard.folder} was prepared with context.context_length={prepared}, the recipe says {wanted}: run "
             "`longlora prepare` again"
         )
 
