@@ -79,16 +79,18 @@ def _full_attention(name: str, variant: Variant) -> Variant:
 
 
 def _more(found: Ablations, name: str, variant: Variant, of_full: dict[str, str]) -> dict[str, str]:
-    """Columns that only the tables on attention have: title -> cell."""
+    """Columns that only some tables have: title -> cell."""
+    right = _spread((row["correct_2x"] for row in found.of(variant).values()), digits=2)
+    answered = {"part of passkeys found, 2x": right} if name in ("retrieval", "needle", "data") else {}
     if name not in ("attention", "retrieval", "needle"):
-        return {}
+        return answered
     full = _full_attention(name, variant)
     kept = [found.kept(variant, loss, EXPERIMENTS[name][0], full) for loss in ("loss_1x", "loss_2x")]
     columns = {"% of full attention's gain kept, 1x": kept[0], "2x": kept[1]}
     if name == "attention":
         return columns | {"time of a step, full attention's = 1": of_full.get(variant.name, "")}
     beside = {measure: found.beside(variant, full, f"{measure}_2x") for measure in ("passkey", "needle")}
-    return columns | {f"{measure} 2x less full attention's": cell for measure, cell in beside.items()}
+    return answered | columns | {f"{measure} 2x less full attention's": cell for measure, cell in beside.items()}
 
 
 def _filled(rows: list[dict[str, str]]) -> str:
@@ -97,17 +99,69 @@ def _filled(rows: list[dict[str, str]]) -> str:
     return table(head, ([row[title] for title in head] for row in rows))
 
 
+def _longest() -> tuple[list[Row], Size]:
+    """The rows of the longest context, which say most; what is shorter stays in the file.
+
+    Not of one device alone: loss and retrieval are no times.
+    """
+    measured = list({row["settings"]: row for row in every("ablations")}.values())
+    context = max((int(row["context"]) for row in measured), default=0)
+    rows = [row for row in measured if int(row["context"]) == context]
+    return rows, Size(context, max((int(row["steps"]) for row in rows), default=0))
+
+
+# What docs/choosing.md shows: a name for a reader, and the one of the variant.
+_OVERVIEW = {
+    "no sink tokens (the paper)": "S2, T/4, no sinks (paper)",
+    "**4 sink tokens, groups of T/4**": "S2, T/4, 4 sinks",
+    "the same without the shift": "no shift, T/4, 4 sinks",
+    "the last 20 % of the steps full": "S2, T/4, 4 sinks, last 20% full",
+    "every 4th layer full": "S2, T/4, 4 sinks, every 4th layer full",
+    "groups of T/2": "S2, T/2, 4 sinks",
+    "groups of T/8": "S2, T/8, 4 sinks",
+    "a third of the rate": "S2, T/4, 4 sinks, rate 1e-4",
+}
+
+
+# Its columns: title -> experiment, end of the variant's name there, measure.
+_COLUMNS = {
+    "% kept, RoPE interpolated": ("attention", "", "loss_1x"),
+    "at 2x": ("attention", "", "loss_2x"),
+    "% kept, yarn": ("retrieval", ", yarn", "loss_1x"),
+    "at 2x, yarn": ("retrieval", ", yarn", "loss_2x"),
+    "passkey 2x less full attention's, yarn": ("retrieval", ", yarn", "passkey_2x"),
+    "needle, the same": ("needle", ", yarn, needles", "needle_2x"),
+}
+
+
+def overview() -> str:
+    """The table of docs/choosing.md: what each setting keeps of full attention."""
+    found = Ablations(*_longest())
+    return _filled(
+        [
+            {"": shown, **{title: _beside_full(found, name, *column) for title, column in _COLUMNS.items()}}
+            for shown, name in _OVERVIEW.items()
+        ]
+    )
+
+
+def _beside_full(found: Ablations, name: str, experiment: str, suffix: str, measure: str) -> str:
+    """The part of full attention's gain in a loss, or the difference to it in another measure; empty if unmeasured."""
+    variant = next((variant for variant in EXPERIMENTS[experiment] if variant.name == f"{name}{suffix}"), None)
+    if variant is None:
+        return ""
+    full = _full_attention(experiment, variant)
+    if measure.startswith("loss"):
+        return found.kept(variant, measure, EXPERIMENTS[experiment][0], full)
+    return found.beside(variant, full, measure)
+
+
 def ablations() -> list[str]:
     """The section; empty without rows."""
-    # Not of one device alone: loss and retrieval are no times.
-    measured = list({row["settings"]: row for row in every("ablations")}.values())
-    if not measured:
+    rows, size = _longest()
+    if not rows:
         return []
-    # The run whose rows are longest says most; what is smaller stays in the file.
-    context = max(int(row["context"]) for row in measured)
-    rows = [row for row in measured if int(row["context"]) == context]
-    size = Size(context, max(int(row["steps"]) for row in rows))
-    found = Ablations(rows, size)
+    context, found = size.context, Ablations(rows, size)
     command = f"attention retrieval needle trained rope rate data --context {size.context} --steps {size.steps}"
     parts = [
         "## What helps",
