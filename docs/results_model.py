@@ -8,6 +8,7 @@ from typing import Any
 from results_rows import ROWS, Row, newest, origin, table
 
 EVALUATION = ROWS / "evaluation_smollm2-135m_16k.json"
+QUICKSTART = ROWS / "quickstart_bfloat16.json"
 QUESTIONS = ROWS / "questions_smollm2-135m.json"
 
 _CASES = {
@@ -65,6 +66,11 @@ def with_interval(cell: dict[str, Any], digits: int = 2) -> str:
     if cell["low"] is None:
         return str(cell["text"])
     return f"{cell['text']} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+
+
+def quickstart() -> str:
+    """The table of README.md: what `longlora quickstart` shows."""
+    return model_results(json.loads(QUICKSTART.read_text(encoding="utf-8")))
 
 
 def model_results(results: dict[str, Any]) -> str:
