@@ -14,7 +14,7 @@ MEASURES = [f"{name}_{times}x" for name in ("loss", "tail_loss", "passkey", "cor
 
 def row(variant: Variant, seed: int, size: Size = SIZE, **measured: str) -> dict[str, str]:
     fixed = {"context": str(size.context), "steps": str(size.steps), "seed": str(seed), "variant": variant.name}
-    where = {"device": "a CPU", "torch": "2", "commit": "abc", "date": "2026-11-29"}
+    where = {"device": measured.pop("device", "a CPU"), "torch": "2", "commit": "abc", "date": "2026-11-29"}
     identity = {"settings": variant.identity(size, seed)}
     return fixed | where | identity | dict.fromkeys(MEASURES, "") | measured
 
@@ -27,6 +27,7 @@ def test_the_part_that_is_kept_is_of_the_full_attention_of_the_same_seed(monkeyp
         row(PAPER, 0, loss_1x="4", loss_2x="4", passkey_1x="-2.5"),  # half of 2, and all of 2
         row(PAPER, 1, loss_1x="4", loss_2x="6", passkey_1x="-3.5"),  # all of 1, and nothing of 2
         row(PAPER, 2, loss_1x="5", loss_2x="5"),  # without a partner
+        row(FULL_ATTENTION, 2, loss_1x="1", loss_2x="1", device="another CPU"),
         row(PAPER, 0, Size(1024, 99), loss_1x="1"),
     ]
     timed = {"pattern": PAPER.name, "context": "2048", "of_full_attention": "0.912", "dtype": "float32", "repeats": "3"}
