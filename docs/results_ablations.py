@@ -178,8 +178,8 @@ def ablations() -> list[str]:
         f"of one row of {size.context:,} tokens (State of the Union messages), constant rate. Loss (nats a token) and "
         "passkey (log-probability of four numbers hidden in each document, nats) with full attention, on two held-out "
         "documents, in their first 1, 2 and 4 rows; needle: the same of a sentence among two others like it, nine "
-        "prompts a length over parts of the texts; mean ± standard deviation where there are several seeds. What stands "
-        "beside full attention ran on the same device. No text is longer than the model's own 8,192 tokens. "
+        "prompts a length over parts of the texts; mean ± standard deviation where there are several seeds. What "
+        "stands beside full attention ran on the same device. No text is longer than the model's own 8,192 tokens. "
         f"In float32 on CPUs without products in bfloat16 (AVX2), else in bfloat16. {origin(rows)}.",
     ]
     steps = newest("patterns", "pattern", "context")
