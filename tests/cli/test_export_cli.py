@@ -60,17 +60,6 @@ def test_a_run_becomes_a_folder_that_is_ready_to_serve(
     assert str(tmp_path) not in card
 
 
-def test_the_time_of_a_resumed_run_counts_every_process(run: RunFolder) -> None:
-    rows = run.metrics.read_text().splitlines()
-    later = [
-        row.replace('"seconds": 10.0', '"seconds": 3.0').replace('"seconds": 12.0', '"seconds": 5.0') for row in rows
-    ]
-    run.metrics.write_text("\n".join(later[:6]) + "\n")
-    training = export._training(run)
-    assert training is not None
-    assert training.seconds == 8.0 + 5.0
-
-
 def test_mistakes_are_one_line_and_leave_nothing(
     longlora: Callable[..., Result], run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

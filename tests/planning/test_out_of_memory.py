@@ -112,7 +112,7 @@ def test_what_is_pulled_already_is_not_proposed() -> None:
     line = explain_out_of_memory(MemoryError(), pulled, None, CPU, step=1, resumable=False)
     assert "no lever is left, lower context.context_length" in line
     assert [str(lever) for lever in levers(pulled, cuda=True)] == [
-        "train.optimizer=adamw_8bit", "train.activation_offload=true", "model.quantization=nf4",
+        "train.activation_offload=true", "train.optimizer=adamw_8bit", "model.quantization=nf4",
     ]  # fmt: skip
 
 
