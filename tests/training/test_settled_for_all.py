@@ -45,7 +45,7 @@ def test_a_plan_counts_every_process_and_the_least_memory(
     alone = this_machine()
     (machine,) = machines
     assert (machine.count, machine.links.devices) == (4, 2)
-    # Each of the two on this machine has half of it, and one of the four has half of that. Other tests take memory, too.
+    # Each of the two on this machine has half of it, and one of the four has half of that; other tests take some.
     assert machine.memory_bytes == pytest.approx(alone.memory_bytes / 4, rel=0.4)
     assert settled == recipe
     assert memory is not None
