@@ -78,9 +78,8 @@ def rescale_rope(
             f"give at least {ratio:g} or null"
         )
     after = _scaled(config, before, rope_type, rope_factor or ratio, original)
-    extended = with_rope(config, _replace_global(config.rope_parameters, after), context_length)
     try:
-        type(config).from_dict(extended.to_dict())
+        extended = _taken(config, after, context_length)
     except Exception as error:
         raise ModelError(
             f"model type {config.model_type!r} does not take rope_type {rope_type!r} ({one_line(error)}): "
@@ -99,12 +98,17 @@ def with_rope(config: PreTrainedConfig, parameters: dict[str, Any], context_leng
     return changed
 
 
+def _taken(config: PreTrainedConfig, after: dict[str, Any], context_length: int) -> PreTrainedConfig:
+    """`config` with `after` for its full-attention layers; whatever its class raises that does not take it."""
+    extended = with_rope(config, _replace_global(config.rope_parameters, after), context_length)
+    type(config).from_dict(extended.to_dict())
+    return extended
+
+
 def _other_type(config: PreTrainedConfig, before: dict[str, Any], ratio: float, context_length: int) -> str:
     """What to do about a model type that validates its RoPE and refuses the scaling asked for."""
-    after = _scaled(config, before, "theta", ratio, context_length)
-    changed = with_rope(config, _replace_global(config.rope_parameters, after), context_length)
     try:
-        type(config).from_dict(changed.to_dict())
+        _taken(config, _scaled(config, before, "theta", ratio, context_length), context_length)
     except Exception:
         return "its RoPE cannot be rescaled by any way that longlora knows"
     return "set context.rope_type=theta"
