@@ -87,5 +87,6 @@ def before_and_after_picture(results: dict[str, Any]) -> str:
     original = results["models"][0]["original_context_length"]
     for axis in figure.axes:
         axis.axvline(original, color="gray", linestyle=":", linewidth=1)
-        axis.annotate("context of the base model ", (original, axis.get_ylim()[1]), ha="right", va="top", fontsize=8)
+        place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "center", "fontsize": 8}
+        axis.annotate("context of the base model ", (original, 0.5), **place)
     return svg(figure)
