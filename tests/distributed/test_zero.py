@@ -155,11 +155,12 @@ def test_what_is_refused(tmp_path: Path, tiny_model_folder: Path, monkeypatch: p
         recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
         for changes in ({"optimizer": "adamw_8bit"}, {"compile_norms": True})
     )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find("json" if name == "deepspeed" else name))
     with pytest.raises(ModelError, match="train.optimizer=adamw_8bit knows no flat parts .* parallel.shard=zero3"):
         check_zero(eight_bit)
     with pytest.raises(ModelError, match="train.compile_norms=true .* parallel.shard=zero3"):
         check_zero(norms)
-    find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name))
     with pytest.raises(ModelError, match=r"parallel.shard=zero3 needs the package deepspeed.*longlora\[deepspeed\]"):
         check_zero(recipe)

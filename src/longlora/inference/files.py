@@ -106,12 +106,16 @@ def _html_text(content: bytes, name: str) -> str:
     """What a reader of the page sees: a line for each block, without scripts and styles."""
     try:
         from bs4 import BeautifulSoup, UnicodeDammit
+        from bs4.dammit import EncodingDetector
     except ImportError:
         raise DataError(f"{name} needs a package that reads HTML: pip install beautifulsoup4") from None
     if b"\0" in content and not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{name} is a binary file (byte 0x00 at {content.index(0):,}): {_KNOWN}")
     try:
-        markup = UnicodeDammit(content, is_html=True).unicode_markup or ""
+        # Where a page names no encoding, one is guessed: of plain ASCII UTF-16 by some packages, so UTF-8 goes first.
+        declared = EncodingDetector.find_declared_encoding(content, is_html=True)
+        likely = [] if declared else ["utf-8"]
+        markup = UnicodeDammit(content, user_encodings=likely, is_html=True).unicode_markup or ""
         text = _seen(BeautifulSoup(_closed(markup), "html.parser"))
     except RecursionError:
         raise DataError(f"{name} is nested too deep to be read as HTML: save it as text") from None
